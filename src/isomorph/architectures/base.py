@@ -1,0 +1,37 @@
+"""What an architecture folder declares about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from isomorph.checkpoint import Checkpoint, Tensor
+    from isomorph.port.table import Layout
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One architecture of our own: where its parts are and what its checkpoints look like.
+
+    `layouts` are the forms a checkpoint has; `defaults` the one each target of `convert --to` writes; `native` the
+    one each framework's model file is filled from.
+    """
+
+    model_type: str
+    config_class: type
+    layouts: Mapping[str, Layout]
+    defaults: Mapping[str, str]
+    native: Mapping[str, str]
+    detect: Callable[[Checkpoint], str]
+    infer_config: Callable[[Mapping[str, Tensor]], tuple[dict[str, Any], list[str]]]
+    role: Callable[[str], str | None]
+    folder: str
+
+    def module(self, name: str) -> ModuleType:
+        """Import one of the folder's files, e.g. `modeling_torch`."""
+        from importlib import import_module
+
+        return import_module(f"isomorph.architectures.{self.folder}.{name}")

@@ -1,0 +1,3 @@
+"""torch, mlx and flax behind one small contract (`model.py`)."""
+
+FRAMEWORKS = ("torch", "mlx", "flax")

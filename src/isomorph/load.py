@@ -1,0 +1,81 @@
+"""`isomorph.load`: a checkpoint, its architecture and a framework become a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from isomorph.errors import InputError, did_you_mean
+from isomorph.frameworks import FRAMEWORKS
+from isomorph.frameworks.model import Model
+from isomorph.stage import callable_module
+
+NUMERICS = ("exact",)
+
+
+def load(
+    source: str | Path,
+    framework: str = "torch",
+    dtype: str | None = None,
+    device: str | None = None,
+    tokenizer: Any = None,
+    config: Mapping[str, Any] | str | Path | None = None,
+    numerics: str = "exact",
+    rope_table_dtype: str | None = None,
+    trust_remote_code: bool = False,
+) -> Model:
+    """Load `source` (a folder, an original checkpoint file or a Hub id) in `framework` (torch, mlx or flax).
+
+    `dtype` is the compute dtype (`float32`, `bfloat16` or `float16`; default: as stored). `tokenizer` is a folder or
+    file to take the tokenizer from, or a tokenizer. `config` overrides or replaces config.json. `rope_table_dtype`
+    overrides how cos and sin are rounded. Architectures that are not ours load through Transformers (torch) or mlx-lm
+    (mlx); code that a repository ships runs only with `trust_remote_code`. Raises InputError.
+    """
+    if framework not in FRAMEWORKS:
+        raise InputError(f"expected a framework of {', '.join(FRAMEWORKS)}; found {framework!r}{did_you_mean(framework, FRAMEWORKS)}")
+    if numerics not in NUMERICS:
+        raise InputError(f"expected numerics {' or '.join(NUMERICS)}; found {numerics!r}")
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise InputError(f"expected dtype float32, bfloat16 or float16; found {dtype!r}")
+
+    from isomorph import architectures
+    from isomorph.checkpoint import open_checkpoint
+    from isomorph.tokenizer import load_tokenizer
+
+    checkpoint = open_checkpoint(source, config=config)
+    architecture = architectures.find(checkpoint)
+    parsed = None
+    if architecture is not None:
+        parsed = architectures.configuration(architecture, checkpoint)
+        if rope_table_dtype is not None:
+            try:
+                parsed = replace(parsed, rope_table_dtype=rope_table_dtype)
+            except (TypeError, ValueError) as error:
+                raise InputError(f"rope_table_dtype={rope_table_dtype!r} does not fit this model: {error}") from None
+    elif rope_table_dtype is not None:
+        raise InputError("expected rope_table_dtype only for architectures of isomorph's own; leave it out")
+    try:
+        backend = import_module(f"isomorph.frameworks.{framework}")
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"framework {framework!r} needs the package {error.name!r}, which is not installed; "
+            f"run: pip install 'isomorph[{framework}]'"
+        ) from None
+    model: Model = backend.load_model(
+        architecture,
+        checkpoint,
+        parsed,
+        dtype=dtype,
+        device=device,
+        numerics=numerics,
+        trust_remote_code=trust_remote_code,
+    )
+    model.source = checkpoint.path
+    model.tokenizer = load_tokenizer(checkpoint.path, architecture, parsed, override=tokenizer)
+    return model
+
+
+callable_module(__name__)
