@@ -35,7 +35,9 @@ def load(
     (mlx); code that a repository ships runs only with `trust_remote_code`. Raises InputError.
     """
     if framework not in FRAMEWORKS:
-        raise InputError(f"expected a framework of {', '.join(FRAMEWORKS)}; found {framework!r}{did_you_mean(framework, FRAMEWORKS)}")
+        raise InputError(
+            f"expected a framework of {', '.join(FRAMEWORKS)}; found {framework!r}{did_you_mean(framework, FRAMEWORKS)}"
+        )
     if numerics not in NUMERICS:
         raise InputError(f"expected numerics {' or '.join(NUMERICS)}; found {numerics!r}")
     if dtype not in (None, "float32", "bfloat16", "float16"):
