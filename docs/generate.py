@@ -26,20 +26,23 @@ def verbs() -> str:
 
 
 def matrix() -> str:
-    """A row for each architecture and layout: which frameworks load it, and what writes it."""
+    """A row for each architecture and layout: what loads it, with isomorph and without, and what writes it."""
     from isomorph import architectures
     from isomorph.frameworks import FRAMEWORKS
 
-    rows = []
-    for architecture in architectures.ARCHITECTURES.values():
-        for name, layout in architecture.layouts.items():
-            targets = [f"`--to {target}`" for target, default in architecture.defaults.items() if default == name]
-            written = ", ".join([*targets, f"`--layout {name}`"])
-            loads = ["yes" if framework in architecture.native else "no" for framework in FRAMEWORKS]
-            rows.append(f"| {architecture.model_type} | `{name}` | {' | '.join(loads)} | {layout.stock} | {written} |")
-    library = "| any other | as the library stores it | if Transformers has it | if mlx-lm has it | no | itself | a cast copy |"
-    head = f"| architecture | layout | {' | '.join(FRAMEWORKS)} | loads without isomorph in | written by |"
-    return "\n".join([head, "| --- " * (len(FRAMEWORKS) + 4) + "|", *rows, library])
+    columns = ["architecture", "layout", *FRAMEWORKS, "stock Transformers", "stock mlx-lm", "written by"]
+    rows = [columns, ["---"] * len(columns)]
+    for architecture in architectures.registered().values():
+        ours = ["yes" if framework in architecture.native else "no" for framework in FRAMEWORKS]
+        for layout in architecture.layouts.values():
+            stock = [layout.loads[library].partition(":")[0] for library in ("transformers", "mlx-lm")]
+            targets = [f"`--to {target}`" for target, name in architecture.defaults.items() if name == layout.name]
+            written = targets[0] if targets else f"`--layout {layout.name}`"
+            rows.append([architecture.model_type, f"`{layout.name}`", *ours, *stock, written])
+    rows.append(
+        ["any other", "the library's", "if Transformers has it", "if mlx-lm has it", "no", "yes", "yes", "cast"]
+    )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def generated(text: str) -> str:
