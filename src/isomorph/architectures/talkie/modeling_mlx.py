@@ -10,7 +10,8 @@ What is unusual about Talkie:
 mlx-lm loads it through `"model_file": "modeling_mlx.py"` in config.json and `trust_remote_code=True`. The head is an
 `nn.Linear` with the authors' gain multiplied in, so that it can be quantized; `sanitize` takes either layout.
 
-Shapes: B batch, T tokens, D hidden_size, H heads, K head_dim, F intermediate_size, V vocabulary, P positions.
+Shapes: B batch, T tokens, D hidden_size, H heads, K head_dim, F intermediate_size, V vocabulary,
+S cached and new tokens, P positions in the tables.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class ModelArgs(BaseModelArgs):
     max_position_embeddings: int = 2048
     rope_theta: float = 1_000_000.0
     rope_scaling: dict | None = None
+    rope_parameters: dict | None = None
     rms_norm_eps: float = 1.1920928955078125e-07
     rope_table_dtype: str = "bfloat16"
     tie_word_embeddings: bool = False
@@ -50,28 +52,36 @@ class ModelArgs(BaseModelArgs):
         if self.rope_table_dtype not in ("bfloat16", "float32"):
             raise ValueError(f"rope_table_dtype must be bfloat16 or float32, found {self.rope_table_dtype!r}")
         if self.num_key_value_heads not in (None, self.num_attention_heads):
-            raise ValueError(f"Talkie has no grouped-query attention, found num_key_value_heads {self.num_key_value_heads}")
-        if self.rope_scaling is not None:
-            raise ValueError(f"Talkie has no rope_scaling, found {self.rope_scaling!r}")
+            raise ValueError(
+                f"Talkie has no grouped-query attention, found num_key_value_heads {self.num_key_value_heads}"
+            )
+        # Transformers 5 may write rope settings as one dictionary: taken where it means the same, refused where not.
+        for rope in (self.rope_scaling, self.rope_parameters):
+            if rope and (rope.get("rope_type") or rope.get("type") or "default") != "default":
+                raise ValueError(f"Talkie scales no positions, found rope settings {rope!r}")
+            self.rope_theta = (rope or {}).get("rope_theta", self.rope_theta)
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary positions, found {self.head_dim}")
         if self.tie_word_embeddings:
             raise ValueError("Talkie's head is a matrix of its own, found tie_word_embeddings true")
 
 
 def rms_norm(x: mx.array, eps: float) -> mx.array:
-    return mx.fast.rms_norm(x, None, eps)  # reduces in float32 and rounds once, in every dtype
+    """Weightless RMSNorm over the last axis, reduced in float32 and rounded once to x's dtype."""
+    return mx.fast.rms_norm(x, None, eps)
 
 
-def rope_frequencies(args: ModelArgs) -> np.ndarray:
-    """Radians that each channel pair turns by per position, float32 [K/2]."""
+def rope_periods(args: ModelArgs) -> np.ndarray:
+    """theta^(2i/K), positions that each channel pair takes to turn by one radian, float32 [K/2]."""
     exponents = np.arange(0, args.head_dim, 2, dtype=np.float32) / np.float32(args.head_dim)
     # The power in float64: numpy's float32 power misses by an ulp, which at position 2000 is a visible angle.
-    return np.float32(1) / (args.rope_theta ** exponents.astype(np.float64)).astype(np.float32)
+    return (args.rope_theta ** exponents.astype(np.float64)).astype(np.float32)
 
 
 def rope_tables(args: ModelArgs) -> tuple[mx.array, mx.array]:
-    """The authors' cos and sin: of float32 angles, rounded to float32 and then to bfloat16, [P, K/2]."""
+    """The authors' cos and sin: of float32 angles, rounded to float32 and then to bfloat16, each [P, K/2]."""
     positions = np.arange(args.max_position_embeddings, dtype=np.float32)
-    angles = np.outer(positions, rope_frequencies(args)).astype(np.float64)
+    angles = np.outer(positions, np.float32(1) / rope_periods(args)).astype(np.float64)
     cos, sin = (mx.array(f(angles).astype(np.float32)).astype(mx.bfloat16) for f in (np.cos, np.sin))
     mx.eval(cos, sin)  # a pending operation would belong to the thread that builds the model
     return cos, sin
@@ -90,6 +100,8 @@ def silu(x: mx.array) -> mx.array:
 
 
 class HeadGain(nn.Module):
+    """One gain per query head."""
+
     def __init__(self, heads: int):
         super().__init__()
         self.head_g = mx.ones((heads,))
@@ -99,42 +111,49 @@ class HeadGain(nn.Module):
 
 
 class ActGain(nn.Module):
-    def __init__(self, value: float = 1.0):
+    """One gain for a whole activation. `initial` is its value in a model made without a checkpoint."""
+
+    def __init__(self, initial: float):
         super().__init__()
-        self.a_g = mx.full((1,), value)
+        self.a_g = mx.full((1,), initial)
 
     def __call__(self, x: mx.array) -> mx.array:
         return x * self.a_g.astype(x.dtype)
 
 
 class Attention(nn.Module):
+    """Causal multi-head attention with rotation, then normalisation, then a gain per query head."""
+
     def __init__(self, args: ModelArgs):
         super().__init__()
-        self.heads, self.head_dim, self.eps = args.num_attention_heads, args.head_dim, args.rms_norm_eps
-        self.scale = args.head_dim**-0.5
-        width = self.heads * self.head_dim
+        self.head_dim = args.head_dim
+        self.eps = args.rms_norm_eps
+        self.scaling = args.head_dim**-0.5
+        width = args.num_attention_heads * args.head_dim
         self.attn_query = nn.Linear(args.hidden_size, width, bias=False)
         self.attn_key = nn.Linear(args.hidden_size, width, bias=False)
         self.attn_value = nn.Linear(args.hidden_size, width, bias=False)
         self.attn_resid = nn.Linear(width, args.hidden_size, bias=False)
-        self.head_gain = HeadGain(self.heads)
+        self.head_gain = HeadGain(args.num_attention_heads)
 
     def __call__(self, x: mx.array, rope: Rope, mask: Any = None, cache: Any = None) -> mx.array:
-        B, T, _ = x.shape
-
-        def heads(y: mx.array) -> mx.array:
-            return y.reshape(B, T, self.heads, self.head_dim).transpose(0, 2, 1, 3)  # [B, H, T, K]
-
-        q, k, v = heads(self.attn_query(x)), heads(self.attn_key(x)), heads(self.attn_value(x))
-        q = self.head_gain(rms_norm(rope(q), self.eps))
-        k = rms_norm(rope(k), self.eps)
+        """`x` [B, T, D] -> [B, T, D]; `mask` and `cache` are mlx-lm's."""
+        heads = (*x.shape[:2], -1, self.head_dim)
+        query, key, value = (
+            project(x).reshape(heads).transpose(0, 2, 1, 3)
+            for project in (self.attn_query, self.attn_key, self.attn_value)
+        )  # [B, H, T, K]
+        query, key = (rms_norm(rope(states), self.eps) for states in (query, key))
+        query = self.head_gain(query)
         if cache is not None:
-            k, v = cache.update_and_fetch(k, v)
-        y = scaled_dot_product_attention(q, k, v, cache=cache, scale=self.scale, mask=mask)
-        return self.attn_resid(y.transpose(0, 2, 1, 3).reshape(B, T, -1))  # [B, T, D]
+            key, value = cache.update_and_fetch(key, value)  # [B, H, S, K]
+        output = scaled_dot_product_attention(query, key, value, cache=cache, scale=self.scaling, mask=mask)
+        return self.attn_resid(output.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1))  # [B, T, D]
 
 
 class MLP(nn.Module):
+    """SwiGLU."""
+
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.mlp_gate = nn.Linear(args.hidden_size, args.intermediate_size, bias=False)
@@ -142,41 +161,44 @@ class MLP(nn.Module):
         self.mlp_resid = nn.Linear(args.intermediate_size, args.hidden_size, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.mlp_resid(silu(self.mlp_gate(x)) * self.mlp_linear(x))
+        return self.mlp_resid(silu(self.mlp_gate(x)) * self.mlp_linear(x))  # [B, T, F] -> [B, T, D]
 
 
 class Block(nn.Module):
+    """One layer; `embedded` is the model's normalised embedding, which every block adds again."""
+
     def __init__(self, args: ModelArgs):
         super().__init__()
-        gain = (2 * args.num_hidden_layers) ** -0.5  # the authors' initial value
         self.eps = args.rms_norm_eps
         self.attn = Attention(args)
-        self.attn_gain = ActGain(gain)
+        self.attn_gain = ActGain((2 * args.num_hidden_layers) ** -0.5)
         self.mlp = MLP(args)
-        self.mlp_gain = ActGain(gain)
+        self.mlp_gain = ActGain((2 * args.num_hidden_layers) ** -0.5)
         self.embed_skip = ActGain(0.0)
 
-    def __call__(self, x: mx.array, e: mx.array, rope: Rope, mask: Any = None, cache: Any = None) -> mx.array:
+    def __call__(self, x: mx.array, embedded: mx.array, rope: Rope, mask: Any = None, cache: Any = None) -> mx.array:
         x = x + self.attn_gain(self.attn(rms_norm(x, self.eps), rope, mask, cache))
         x = x + self.mlp_gain(self.mlp(rms_norm(x, self.eps)))
-        return x + self.embed_skip(e)  # [B, T, D]
+        return x + self.embed_skip(embedded)  # [B, T, D]
 
 
 class TalkieModel(nn.Module):
+    """The network without its head."""
+
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.eps, self.head_dim = args.rms_norm_eps, args.head_dim
         self.embed = nn.Embedding(args.vocab_size, args.hidden_size)
         self.blocks = [Block(args) for _ in range(args.num_hidden_layers)]
         # Names with an underscore are not parameters of an nn.Module.
-        self._frequencies = mx.array(rope_frequencies(args))  # [K/2]
+        self._periods = mx.array(rope_periods(args))  # [K/2]
         self._tables = rope_tables(args) if args.rope_table_dtype == "bfloat16" else None
 
     def rope(self, T: int, offset: int | mx.array) -> Rope:
-        """The rotation of T tokens that stand `offset` tokens into their sequences: an int, or [B] one a row."""
+        """The rotation of T tokens that stand `offset` tokens into their sequences: an int, or [B], one a row."""
         if self._tables is None:
-            # Bit-equal to an explicit rotation with float32 tables, but in float32 only: in 16 bits mlx rounds the
-            # tables to the activations' dtype on a CPU and does not on a GPU.
+            # Bit-equal to an explicit rotation with float32 tables, but only in float32: given 16 bits, mlx on a CPU
+            # rounds the tables as well.
             return lambda x: mx.fast.rope(
                 x.astype(mx.float32),
                 self.head_dim,
@@ -184,10 +206,10 @@ class TalkieModel(nn.Module):
                 base=None,
                 scale=1.0,
                 offset=offset,
-                freqs=-1.0 / self._frequencies,
+                freqs=-self._periods,  # negated: by -theta
             ).astype(x.dtype)
         positions = mx.expand_dims(mx.array(offset), -1) + mx.arange(T)  # [T] or [B, T]
-        angles = mx.expand_dims(positions, -1).astype(mx.float32) * self._frequencies
+        angles = mx.expand_dims(positions, -1).astype(mx.float32) * (1.0 / self._periods)
         known = self._tables[0].shape[0]
         row = mx.clip(positions, 0, known - 1)  # left padding has positions below 0, and nobody looks at it
         beyond = mx.expand_dims(positions >= known, -1)
@@ -201,7 +223,7 @@ class TalkieModel(nn.Module):
 
     def __call__(self, inputs: mx.array, cache: Any = None, input_embeddings: mx.array | None = None) -> mx.array:
         x = self.embed(inputs) if input_embeddings is None else input_embeddings
-        x = e = rms_norm(x, self.eps)  # [B, T, D]
+        x = embedded = rms_norm(x, self.eps)  # [B, T, D]
         cache = cache or [None] * len(self.blocks)
         offset = 0 if cache[0] is None else cache[0].offset
         if isinstance(offset, mx.array):
@@ -209,7 +231,7 @@ class TalkieModel(nn.Module):
         rope = self.rope(x.shape[1], offset)
         mask = create_attention_mask(x, cache[0])
         for block, layer_cache in zip(self.blocks, cache):
-            x = block(x, e, rope, mask, layer_cache)
+            x = block(x, embedded, rope, mask, layer_cache)
         return rms_norm(x, self.eps)
 
 
@@ -227,7 +249,7 @@ class Model(nn.Module):
         return self.lm_head(self.model(inputs, cache, input_embeddings))  # [B, T, V]
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Fold a bare `lm_head` with its gain as the authors do at run time: a product rounded to the weight's dtype."""
+        """Fold a bare `lm_head` with its gain as the authors do at run time, rounded to the weight's dtype."""
         if "lm_head" not in weights or "lm_head_gain.w_g" not in weights:
             return weights
         weights = dict(weights)
