@@ -1,0 +1,179 @@
+"""The training loop: one jitted step, checkpoints it resumes from exactly, metrics as JSON lines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from isomorph.errors import InputError
+from isomorph.frameworks.nnx_parameters import merge, partition_specs, split
+from isomorph.progress import progress
+from isomorph.train.data import Batches
+from isomorph.train.metrics import MetricsLog
+from isomorph.train.optimizer import adamw, warmup_cosine
+
+#: What a run holds between steps: parameters, optimizer, step (int32) and smoothed_loss (float32).
+State = dict[str, Any]
+Parameters = dict[str, jax.Array]
+
+SMOOTHING = 0.98
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train. `learning_rate` is the peak; `warmup_steps` lead to it, a cosine leads away from it."""
+
+    steps: int
+    batch_size: int = 8
+    sequence_length: int = 512
+    learning_rate: float = 2e-3
+    warmup_steps: int = 100
+    final_learning_rate_fraction: float = 0.05
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.98
+    clip: float = 1.0
+    accumulate: int = 1
+    dtype: str = "float32"
+    seed: int = 0
+    log_every: int = 10
+    evaluate_every: int = 250
+    checkpoint_every: int = 250
+
+    def __post_init__(self) -> None:
+        counts = "steps batch_size sequence_length accumulate log_every evaluate_every checkpoint_every"
+        for name in counts.split():
+            if getattr(self, name) < 1:
+                raise InputError(f"expected {name} of at least 1; found {getattr(self, name)}")
+        if self.batch_size % self.accumulate:
+            raise InputError(
+                f"expected batch_size to be a multiple of accumulate; found {self.batch_size} and {self.accumulate}"
+            )
+        if self.dtype not in ("float32", "bfloat16"):
+            raise InputError(f"expected dtype float32 or bfloat16; found {self.dtype!r}")
+
+
+def make_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation, accumulate: int) -> Callable[..., Any]:
+    """The jitted step: (state, ids [B, T + 1], weights [B, T]) -> (state, loss, gradient norm). Donates the state."""
+
+    def summed_loss(parameters: Parameters, ids: jax.Array, weights: jax.Array) -> jax.Array:
+        logits = merge(graph, parameters)(ids[:, :-1]).astype(jnp.float32)  # [B, T, V]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:])  # [B, T]
+        return jnp.sum(losses * weights)
+
+    def step(state: State, ids: jax.Array, weights: jax.Array) -> tuple[State, jax.Array, jax.Array]:
+        parts = (ids.reshape(accumulate, -1, ids.shape[1]), weights.reshape(accumulate, -1, weights.shape[1]))
+
+        def add(total: Any, part: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(summed_loss)(state["parameters"], *part)), None
+
+        nothing = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state["parameters"]))
+        (loss, gradients), _ = jax.lax.scan(add, nothing, parts)
+        # One mean over all targets of the step, however it was cut into parts.
+        count = jnp.maximum(jnp.sum(weights), 1.0)
+        loss, gradients = loss / count, jax.tree.map(lambda gradient: gradient / count, gradients)
+        updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["parameters"])
+        smoothed = jnp.where(state["step"] == 0, loss, SMOOTHING * state["smoothed_loss"] + (1 - SMOOTHING) * loss)
+        state = {
+            "parameters": optax.apply_updates(state["parameters"], updates),
+            "optimizer": optimizer_state,
+            "step": state["step"] + 1,
+            "smoothed_loss": smoothed,
+        }
+        return state, loss, optax.global_norm(gradients)
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def train(
+    make_model: Callable[..., nnx.Module],
+    batches: Batches,
+    settings: Settings,
+    out: Path,
+    *,
+    start: Mapping[str, np.ndarray] | None = None,
+    evaluate: Callable[[nnx.GraphDef, Parameters], dict[str, float]] | None = None,
+    mesh: Mesh | None = None,
+    stage: str = "train",
+) -> Parameters:
+    """Train until `settings.steps` and return the parameters (float32).
+
+    `make_model(dtype=, rngs=)` builds the model; `start` replaces its random parameters. `out` gets `checkpoints/` and
+    `metrics.jsonl`; when it holds a checkpoint, training goes on from there, step for step as if it had never stopped.
+    `evaluate(graph, parameters)` gives numbers for the log. With a `mesh` of axes ("data", "model") the batch and
+    the matrices are split over its devices.
+    """
+    model = make_model(dtype=jnp.dtype(settings.dtype), rngs=nnx.Rngs(settings.seed))
+    graph, parameters = split(model)
+    if start is not None:
+        parameters = {name: jnp.asarray(start[name], value.dtype) for name, value in parameters.items()}
+    batch_sharding = None
+    if mesh is not None:
+        specs = partition_specs(model)
+        placed = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+        parameters = jax.device_put(parameters, placed)
+        batch_sharding = NamedSharding(mesh, PartitionSpec("data"))
+    schedule = warmup_cosine(
+        settings.learning_rate, settings.steps, settings.warmup_steps, settings.final_learning_rate_fraction
+    )
+    optimizer = adamw(schedule, settings.beta1, settings.beta2, settings.weight_decay, settings.clip)
+    state: State = {
+        "parameters": parameters,
+        "optimizer": jax.jit(optimizer.init)(parameters),
+        "step": jnp.zeros((), jnp.int32),
+        "smoothed_loss": jnp.zeros(()),
+    }
+    with ocp.CheckpointManager(
+        (out / "checkpoints").resolve(),
+        options=ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False),
+    ) as checkpoints:
+        if checkpoints.latest_step() is not None:
+            state = checkpoints.restore(checkpoints.latest_step(), args=ocp.args.StandardRestore(state))
+        first = int(state["step"])
+        log = MetricsLog(out / "metrics.jsonl", stage, first)
+        step_once = make_step(graph, optimizer, settings.accumulate)
+        tokens_per_step = settings.batch_size * settings.sequence_length
+        with progress(stage, settings.steps, "steps") as advance:
+            advance(first)
+            started, since = time.perf_counter(), first
+            for step in range(first, settings.steps):
+                batch = batches(step)
+                ids, weights = jax.device_put((batch.ids, batch.weights), batch_sharding)
+                state, loss, gradient_norm = step_once(state, ids, weights)
+                done = step + 1
+                if done % settings.log_every == 0 or done == settings.steps:
+                    record = {
+                        "loss": float(loss),
+                        "smoothed_loss": float(state["smoothed_loss"]),
+                        "gradient_norm": float(gradient_norm),
+                        "learning_rate": float(schedule(step)),
+                        "tokens": done * tokens_per_step,
+                        "tokens_per_second": (done - since) * tokens_per_step / (time.perf_counter() - started),
+                    }
+                    if not np.isfinite(record["loss"]):
+                        raise InputError(
+                            f"expected a finite loss; found {record['loss']} at step {done}; "
+                            "lower --learning-rate and start again"
+                        )
+                    log.write(done, record)
+                    advance(0, f"{stage}  loss {record['smoothed_loss']:.3f}")
+                    started, since = time.perf_counter(), done
+                if evaluate is not None and (done % settings.evaluate_every == 0 or done == settings.steps):
+                    log.write(done, evaluate(graph, state["parameters"]))
+                    started, since = time.perf_counter(), done
+                if done % settings.checkpoint_every == 0 or done == settings.steps:
+                    checkpoints.save(done, args=ocp.args.StandardSave(state))
+                    started, since = time.perf_counter(), done
+                advance(1)
+    return state["parameters"]
