@@ -49,7 +49,7 @@ class NumpyModel(Model):
         if self.fault == "noise":
             logits = logits + np.random.default_rng(1).normal(0, 1e-3, logits.shape)
         if self.fault == "nan":
-            logits[0, -1, 0] = np.nan
+            logits[0, logits.shape[1] // 2, 0] = np.nan
         if self.fault == "late":
             logits[:, 100:] += np.random.default_rng(2).normal(0, 1e-3, logits[:, 100:].shape)
         return logits if self.dtype == "float64" else logits.astype(np.float32)

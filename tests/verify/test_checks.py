@@ -1,4 +1,4 @@
-"""Each check of `verify` on a toy model: it passes for an equal one and fails for one with the fault it is there for."""
+"""Each check of `verify` on a toy model: it passes for an equal one and fails for one with its fault."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import json
 
 import numpy as np
 import pytest
-from numpy_model import NumpyModel
 
 import isomorph
 from isomorph.verify.certificate import Certificate, Check
+from numpy_model import NumpyModel
 
 
 def statuses(certificate: Certificate) -> dict[str, str]:

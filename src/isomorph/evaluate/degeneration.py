@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from isomorph.errors import InputError
+
 if TYPE_CHECKING:
+    from isomorph.evaluate.record import Record
     from isomorph.frameworks.model import Model
 
 #: A loop is a stretch that repeats at least so often ...
@@ -85,3 +88,40 @@ def greedy_run(
     grams = {tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)}
     distinct = len(grams) / max(1, len(tokens) - 3)
     return GreedyRun(tokens, reason, first_loop(tokens), distinct, finite)
+
+
+def degeneration(
+    model: Model, prompt: Any, max_tokens: int = 512, advance: Callable[[float], None] = lambda tokens: None
+) -> Record:
+    """Continue `prompt` (text, ids [T] or messages) greedily and look for loops.
+
+    Results: `tokens`, `finish_reason` (stop or length), `first_loop` (start, period and tokens, or None),
+    `distinct_4grams` (share of 4-grams that are different ones), `text` where there is a tokenizer, `token_ids`. The
+    run is cut to the context. Raises InputError for a bad prompt.
+    """
+    from isomorph.evaluate.record import Record, described
+    from isomorph.generate.prompts import read_prompts
+    from isomorph.generate.stopping import stop_rules
+
+    rows, batched = read_prompts(model, prompt)
+    room = model.max_positions - len(rows[0])
+    if batched or max_tokens < 1 or room < 1:
+        found = "a batch" if batched else f"max_tokens={max_tokens} after {len(rows[0])} of {model.max_positions}"
+        raise InputError(f"expected one prompt and room for at least one token; found {found}")
+    run = greedy_run(model, rows[0], min(max_tokens, room), stop_rules(model).ids, lambda: advance(1))
+    if not run.finite:
+        raise InputError("expected finite logits; found NaN or infinity; run the model in float32 or check its weights")
+    return Record(
+        kind="degeneration",
+        model=described(model),
+        protocol={"name": "greedy", "max_tokens": min(max_tokens, room), "loop_tokens": LOOP_TOKENS},
+        data={"prompt_tokens": len(rows[0]), "prompt_ids": rows[0]},
+        results={
+            "tokens": len(run.token_ids),
+            "finish_reason": run.finish_reason,
+            "first_loop": run.loop,
+            "distinct_4grams": run.distinct_4grams,
+            "text": model.tokenizer.decode(run.token_ids) if model.tokenizer is not None else None,
+            "token_ids": run.token_ids,
+        },
+    )
