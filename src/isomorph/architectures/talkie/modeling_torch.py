@@ -163,7 +163,8 @@ class HeadGain(nn.Module):
         self.head_g = nn.Parameter(torch.ones(heads))
 
     def forward(self, query: torch.Tensor) -> torch.Tensor:
-        gain, heads = self.head_g, query.shape[2]
+        gain: torch.Tensor = self.head_g
+        heads = query.shape[2]
         if heads != gain.shape[0]:
             # Tensor parallel: every rank holds all gains and takes those of the heads it computes. The tensor
             # parallel group is the innermost one in Transformers and in vLLM, so the remainder is the rank in it.
@@ -399,10 +400,10 @@ class TalkieModel(TalkiePreTrainedModel):
                     f"ones; found one over {length}"
                 )
             return mask
-        if past_key_values is None or isinstance(past, int) and past == 0:
+        if past_key_values is None or (isinstance(past, int) and past == 0):
             return mask
-        keys = past_key_values.layers[0].keys  # [B, H, S, K]
-        held = (keys != 0).any(dim=3).any(dim=1)  # [B, S], False where padding was cached or nothing yet
+        layer: Any = past_key_values.layers[0]  # keys [B, H, S, K]
+        held = layer.keys.ne(0).any(dim=3).any(dim=1)  # [B, S], False where padding was cached or nothing yet
         if isinstance(past, int):
             # A quantized cache keeps only its latest keys unquantized; what it cannot tell counts as a token.
             held = held if held.shape[1] == past else held.new_ones(mask.shape[0], past)
