@@ -79,6 +79,7 @@ def configuration(architecture: Architecture, checkpoint: Checkpoint, layout: st
         values = {**inferred, **checkpoint.overrides}
     values |= architecture.layouts[layout or architecture.detect(checkpoint)].config
     try:
-        return architecture.config_class.from_dict(values)
+        parse: Any = architecture.config_class
+        return parse.from_dict(values)
     except (TypeError, ValueError) as error:
         raise InputError(f"{checkpoint.path}: {error}") from None

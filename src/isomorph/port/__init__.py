@@ -1,6 +1,7 @@
 """The one interpreter of an architecture's `weights.py` tables."""
 
-from isomorph.port.mapping import mapped
+from isomorph.port.declared import declared
+from isomorph.port.mapping import Reading, layout_of, mapped, read, shapes_in
 from isomorph.port.table import Layout, Row, TableError, expand
 
-__all__ = ["Layout", "Row", "TableError", "expand", "mapped"]
+__all__ = ["Layout", "Reading", "Row", "TableError", "declared", "expand", "layout_of", "mapped", "read", "shapes_in"]

@@ -11,7 +11,7 @@ The file: `gain` (raw bits), `gain_dtype`, `weight_dtype`, `codes` (2 bits an el
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -35,8 +35,7 @@ def sidecar_name(name: str) -> str:
 
 def folded(name: str, weight: Tensor, gain: Tensor) -> Tensor:
     """`round(weight * gain)` in the weight's dtype: what the model's forward pass multiplies with."""
-    factor = _Lazy(gain)
-    return weight.renamed(name).mapped(lambda block: multiply(block, factor.value))
+    return weight.renamed(name).mapped(lambda block: multiply(block, gain.read()))
 
 
 def unfolded(tensor: Tensor, names: Sequence[str], folder: Path | None) -> list[Tensor]:
@@ -69,9 +68,11 @@ def multiply(block: np.ndarray, gain: np.ndarray) -> np.ndarray:
         return (block.astype(wide) * gain.astype(block.dtype).astype(wide)).astype(block.dtype)
 
 
-def needs_sidecar(weight: Tensor, gain: Tensor) -> bool:
-    """Whether unfolding needs the file: not when the gain is 1 in the weight's own dtype."""
-    return not (gain.dtype == weight.dtype and gain.shape == (1,) and gain.read().astype(np.float64)[0] == 1.0)
+def sidecar_writer(weight: Tensor, gain: Tensor) -> Callable[[Path], None] | None:
+    """What writes the sidecar; None when unfolding needs none: the gain is 1 in the weight's own dtype."""
+    if gain.dtype == weight.dtype and gain.read().astype(np.float64).tolist() == [1.0]:
+        return None
+    return lambda path: write_sidecar(path, weight, gain)
 
 
 def write_sidecar(path: Path, weight: Tensor, gain: Tensor) -> None:
@@ -125,7 +126,7 @@ class Sidecar:
                 code, pending = pending[: block.size], pending[block.size :]
                 excepted = exceptions.take(int(np.count_nonzero(code == EXCEPTION)))
                 weight = _corrected(_divided(block, self.gain), code, excepted)
-                if not np.array_equal(_bits(multiply(weight, self.gain)), _bits(block).reshape(weight.shape)):
+                if not np.array_equal(_bits(multiply(weight, self.gain)), _bits(block)):
                     raise self.foreign()
                 yield weight
             if codes.left or exceptions.left:
@@ -154,17 +155,6 @@ def read_sidecar(path: Path) -> Sidecar:
 def damaged(path: Path, error: object) -> InputError:
     """The error for a sidecar that cannot be read."""
     return InputError(f"expected a sidecar written by convert; found {path}, damaged ({error}); convert again")
-
-
-class _Lazy:
-    """A small tensor read once."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-    @property
-    def value(self) -> np.ndarray:
-        return self.tensor.read()
 
 
 class _ArrayStream:

@@ -20,12 +20,16 @@ class Transform:
 
     `shape(canonical shapes)` is the layout tensor's shape. `to_canonical(tensor, names, folder)` takes it apart
     (`folder` is where a file beside the weights may hold what the tensor alone cannot say);
-    `from_canonical(name, tensors)` is the inverse. Both are lazy.
+    `from_canonical(name, tensors)` is the inverse. Both are lazy. Where that tensor alone cannot say what it was made
+    of, `sidecar_name(tensor name)` names the file beside it that does, and `sidecar(canonical tensors)` is what writes
+    the file, or None when it is not needed.
     """
 
     shape: Callable[[Sequence[Shape]], Shape]
     to_canonical: Callable[[Tensor, Sequence[str], Path | None], list[Tensor]]
     from_canonical: Callable[[str, Sequence[Tensor]], Tensor]
+    sidecar_name: Callable[[str], str | None] = lambda name: None
+    sidecar: Callable[[Sequence[Tensor]], Callable[[Path], None] | None] = lambda tensors: None
 
 
 def _renamed(tensor: Tensor, names: Sequence[str], folder: Path | None) -> list[Tensor]:
@@ -52,5 +56,7 @@ TRANSFORMS: dict[str, Transform] = {
         shape=lambda shapes: shapes[0],
         to_canonical=fold.unfolded,
         from_canonical=lambda name, tensors: fold.folded(name, *tensors),
+        sidecar_name=fold.sidecar_name,
+        sidecar=lambda tensors: fold.sidecar_writer(*tensors),
     ),
 }

@@ -98,6 +98,8 @@ FLAX_BODY: dict[str, Target] = {
     "model.blocks.{i}.embed_skip.a_g": "model.blocks.{i}.embed_skip.a_g",
 }
 
+#: What stock libraries read in config.json to find the model's class.
+CLASSES = {"architectures": ["TalkieForCausalLM"]}
 AUTO_MAP = {
     "AutoConfig": "modeling_torch.TalkieConfig",
     "AutoModel": "modeling_torch.TalkieModel",
@@ -112,6 +114,7 @@ LAYOUTS = {
             rows={**ORIGINAL_BODY, **HEAD, **DROPPED},
             container="torch",
             description="the authors' training checkpoint: one torch file, vocab.txt beside it",
+            keys=CLASSES,
             config={"lm_head_gain_folded": False},
             loads={
                 "transformers": "no: a torch pickle; convert --to transformers",
@@ -124,7 +127,7 @@ LAYOUTS = {
             container="pt",
             description="the Transformers port: bare lm_head and its gain",
             config={"lm_head_gain_folded": False},
-            keys={"auto_map": AUTO_MAP},
+            keys={**CLASSES, "auto_map": AUTO_MAP},
             files=("modeling_torch.py",),
             loads={"transformers": "with trust_remote_code=True", "mlx-lm": "natively (talkie)"},
         ),
@@ -134,7 +137,7 @@ LAYOUTS = {
             container="pt",
             description="the Transformers port with the gain multiplied into lm_head.weight, as vLLM needs it",
             config={"lm_head_gain_folded": True},
-            keys={"auto_map": AUTO_MAP},
+            keys={**CLASSES, "auto_map": AUTO_MAP},
             files=("modeling_torch.py",),
             loads={
                 "transformers": "with trust_remote_code=True",
@@ -146,6 +149,7 @@ LAYOUTS = {
             rows={**BODY, **HEAD, **DROPPED},
             container="mlx",
             description="released mlx-lm's own: bare lm_head and its gain",
+            keys=CLASSES,
             config={"lm_head_gain_folded": False},
             loads={
                 "transformers": "no: it ships no modelling code; convert --to transformers",
@@ -158,7 +162,7 @@ LAYOUTS = {
             container="mlx",
             description="the published MLX variants: the gain multiplied into lm_head.weight, quantizable",
             config={"lm_head_gain_folded": True},
-            keys={"model_file": "modeling_mlx.py"},
+            keys={**CLASSES, "model_file": "modeling_mlx.py"},
             files=("modeling_mlx.py",),
             loads={
                 "transformers": "no: it ships no modelling code for torch; convert --to transformers",
@@ -170,6 +174,7 @@ LAYOUTS = {
             rows={**FLAX_BODY, **HEAD, **DROPPED},
             container="flax",
             description="the Flax NNX tree: kernels [in, out]",
+            keys=CLASSES,
             config={"lm_head_gain_folded": False},
             files=("modeling_flax.py", "config.py"),
             loads={
