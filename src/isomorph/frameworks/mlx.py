@@ -207,11 +207,16 @@ def _load_own(architecture: Architecture, checkpoint: Checkpoint, config: Any, d
 
     modeling = architecture.module("modeling_mlx")
     module = modeling.Model(modeling.ModelArgs.from_dict(asdict(config)))
+    # The MLX layout that says of the weights what this checkpoint does: a folded head keeps the rounding it was stored
+    # with, a bare one is folded by `sanitize`, in the dtype that computes.
+    layout = next(
+        name
+        for name, entry in architecture.layouts.items()
+        if entry.container == "mlx" and all(getattr(config, key) == value for key, value in entry.config.items())
+    )
     target = getattr(mx, dtype)
     weights = {}
-    for tensor in mapped(
-        checkpoint, architecture, architecture.native["mlx"], config=config, dtype=dtype, dequantize=False
-    ):
+    for tensor in mapped(checkpoint, architecture, layout, config=config, dequantize=False):
         value = mx.array(tensor.read())
         weights[tensor.name] = value.astype(target) if mx.issubdtype(value.dtype, mx.floating) else value
         mx.eval(weights[tensor.name])
