@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from isomorph.architectures.talkie.tokenizer import SPLIT, read_vocabulary
+from isomorph.architectures.talkie.tokenizer import SPLIT, byte_characters, read_vocabulary
 
 if TYPE_CHECKING:
     import tiktoken
@@ -31,7 +31,7 @@ def learn_vocabulary(texts: Iterable[str], ranks: int) -> list[bytes]:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=ranks, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(_pieces(texts), trainer)
-    characters = _byte_characters()
+    characters = {character: byte for byte, character in enumerate(byte_characters())}
     ordered = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     learned = [bytes(characters[character] for character in token) for token, _ in ordered]
     merged = [token for token in learned if len(token) > 1]
@@ -59,12 +59,3 @@ def _pieces(texts: Iterable[str], characters: int = 1 << 20) -> Iterator[str]:
             end = text.find("\n", start + characters) + 1 or len(text)
             yield text[start:end]
             start = end
-
-
-def _byte_characters() -> dict[str, int]:
-    """Which byte each character of the byte-level alphabet stands for (GPT-2's table)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [value for value in range(256) if value not in printable]
-    table = {chr(value): value for value in printable}
-    table.update({chr(256 + index): value for index, value in enumerate(others)})
-    return table
