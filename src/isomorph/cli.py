@@ -30,6 +30,7 @@ Force = Annotated[bool, typer.Option("--force", help="Replace an existing target
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and the sizes; write nothing.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run modelling code that the repository ships.")]
 Framework = Annotated[str, typer.Option(help="torch, mlx or flax.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="A config.json that overrides keys of its own.")]
 Dtype = Annotated[str | None, typer.Option(help="Compute dtype: float32, bfloat16 or float16; default as stored.")]
 
 
@@ -45,13 +46,92 @@ def say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
+def show(title: str, rows: dict[str, str]) -> None:
+    """A table of two columns for people, on stderr."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title or None, show_header=False, box=None, pad_edge=False)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console(stderr=True).print(table)
+
+
 # --- list ------------------------------------------------------------------------------------------------------------
+
+
+@app.command("list")
+def list_command(
+    what: Annotated[str, typer.Argument(help="architectures or layouts.")] = "architectures",
+    as_json: Json = False,
+) -> None:
+    """List what isomorph has: architectures, layouts."""
+    from isomorph.catalogue import catalogue
+
+    rows = catalogue(what)
+    if as_json:
+        print_json(rows)
+        return
+    for row in rows:
+        typer.echo("  ".join(value for value in row.values() if value))
 
 
 # --- inspect ---------------------------------------------------------------------------------------------------------
 
 
+@app.command("inspect")
+def inspect_command(
+    source: str,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens that should fit in memory; default: all it takes.")
+    ] = None,
+    config: ConfigFile = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a model is, where it loads and with which flags, its dtypes and sizes, and whether it runs here."""
+    from isomorph.inspect import inspect, summary
+
+    result = inspect(source, context, config=config)
+    if as_json:
+        print_json(result)
+        return
+    show("", summary(result))
+
+
 # --- convert ---------------------------------------------------------------------------------------------------------
+
+
+@app.command("convert")
+def convert_command(
+    source: str,
+    target: str,
+    to: Annotated[str | None, typer.Option(help="mlx (default), transformers, flax or original.")] = None,
+    layout: Annotated[str | None, typer.Option(help="One of `isomorph list layouts` instead of --to's own.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Cast to bfloat16, float16 or float32; default: same bits.")] = None,
+    dequantize: Annotated[bool, typer.Option("--dequantize", help="Turn quantized weights into floats.")] = False,
+    config: ConfigFile = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Write a model in the layout that another framework wants; repeat an interrupted one to go on."""
+    from isomorph.checkpoint.target import size
+    from isomorph.convert import convert
+
+    result = convert(
+        source, target, to, dtype, layout, config=config, dequantize=dequantize, force=force, dry_run=dry_run
+    )
+    if as_json:
+        print_json(result)
+        return
+    for name, reason in result.dropped.items():
+        say(f"left out {name}: {reason}")
+    verb = "would write" if dry_run else "wrote"
+    say(
+        f"{verb} {result.path}: layout {result.layout} from {result.source_layout}, {result.tensors} tensors, "
+        f"{result.parameters:,} parameters in {result.dtype}, {size(result.payload_bytes)}, "
+        f"{result.bits_per_weight:.2f} bits per weight; files: {', '.join(result.files)}"
+    )
 
 
 # --- quantize --------------------------------------------------------------------------------------------------------
@@ -65,8 +145,116 @@ def say(text: str) -> None:
 
 # --- generate --------------------------------------------------------------------------------------------------------
 
+MaxTokens = Annotated[int, typer.Option("--max-tokens", help="The most new tokens.")]
+Temperature = Annotated[float, typer.Option(help="0 takes the most likely token.")]
+TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens that together have this probability.")]
+TopK = Annotated[int, typer.Option(help="Keep this many of the likeliest tokens; 0 keeps all.")]
+MinP = Annotated[float, typer.Option(help="Keep tokens at least this fraction as likely as the likeliest.")]
+RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 makes tokens that were there less likely.")]
+Seed = Annotated[int | None, typer.Option(help="Same seed, same tokens.")]
+Stop = Annotated[list[str] | None, typer.Option("--stop", help="End the answer at this text; may be repeated.")]
+MaxKvSize = Annotated[int | None, typer.Option(help="The most tokens that prompt and answer may take together.")]
+System = Annotated[str | None, typer.Option(help="System message.")]
+TokenizerPath = Annotated[Path | None, typer.Option("--tokenizer", help="Folder, tokenizer.json or vocab.txt.")]
+Device = Annotated[str | None, typer.Option(help="The framework's name of a device, such as cuda or gpu:0.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Tokens per second and time to first token, on stderr.")]
+
+
+@app.command()
+def generate(
+    source: str,
+    prompt: Annotated[str | None, typer.Option(help="The text to continue or answer; default: stdin.")] = None,
+    ids: Annotated[str | None, typer.Option(help="Token ids instead of a text: 1,2,3.")] = None,
+    chat: Annotated[
+        bool | None, typer.Option("--chat/--raw", help="With the chat template or without; default: with, if any.")
+    ] = None,
+    system: System = None,
+    framework: Framework = "torch",
+    dtype: Dtype = None,
+    device: Device = None,
+    tokenizer: TokenizerPath = None,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = None,
+    stop: Stop = None,
+    max_kv_size: MaxKvSize = None,
+    trust_remote_code: Trust = False,
+    verbose: Verbose = False,
+    as_json: Json = False,
+) -> None:
+    """Answer or continue one prompt, streaming the text to stdout."""
+    from isomorph.generate.terminal import answer, as_prompt, read_prompt, speeds
+    from isomorph.load import load
+
+    given = read_prompt(prompt, ids)
+    model = load(source, framework, dtype, device, tokenizer, trust_remote_code=trust_remote_code)
+    result = answer(
+        model,
+        as_prompt(model, given, system, chat),
+        show=not as_json,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop,
+        max_kv_size=max_kv_size,
+    )
+    if verbose:
+        say(speeds(result))
+    if as_json:
+        print_json(result)
+
 
 # --- chat ------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def chat(
+    source: str,
+    system: System = None,
+    framework: Framework = "torch",
+    dtype: Dtype = None,
+    device: Device = None,
+    tokenizer: TokenizerPath = None,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = None,
+    stop: Stop = None,
+    max_kv_size: MaxKvSize = None,
+    trust_remote_code: Trust = False,
+    verbose: Verbose = False,
+) -> None:
+    """Talk with a model: turns with history, /reset, /exit; Ctrl-C stops an answer."""
+    from isomorph.generate import Conversation
+    from isomorph.generate.terminal import chat_loop
+    from isomorph.load import load
+
+    model = load(source, framework, dtype, device, tokenizer, trust_remote_code=trust_remote_code)
+    conversation = Conversation(
+        model,
+        system,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop,
+        max_kv_size=max_kv_size,
+    )
+    chat_loop(conversation, verbose)
 
 
 # --- train -----------------------------------------------------------------------------------------------------------

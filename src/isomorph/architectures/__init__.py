@@ -60,17 +60,21 @@ def find(checkpoint: Checkpoint) -> Architecture | None:
     return best
 
 
-def configuration(architecture: Architecture, checkpoint: Checkpoint, layout: str | None = None) -> Any:
+def configuration(
+    architecture: Architecture, checkpoint: Checkpoint, layout: str | None = None, *, tell: bool = True
+) -> Any:
     """The checkpoint's parsed config, as it is for `layout` (default: the checkpoint's own).
 
-    Without a config.json it is inferred from shapes and published defaults, and the log says which. Raises InputError.
+    Without a config.json it is inferred from shapes and published defaults, and the log says which, unless the caller
+    only asks again (`tell` False). Raises InputError.
     """
     if checkpoint.config is not None:
         values = dict(checkpoint.config)
     else:
         inferred, assumed = architecture.infer_config(checkpoint.tensors)
         assumed = [line for line in assumed if line.partition("=")[0] not in checkpoint.overrides]
-        logger.warning(
+        logger.log(
+            logging.WARNING if tell else logging.DEBUG,
             "%s has no config.json: shapes give %s; published defaults assumed: %s",
             checkpoint.path.name,
             ", ".join(f"{key}={value}" for key, value in inferred.items() if key != "model_type"),

@@ -126,7 +126,7 @@ def read(checkpoint: Checkpoint, architecture: Architecture, *, config: Any = No
 
     if not checkpoint.tensors:
         raise InputError(f"expected weights in {checkpoint.path}; found only a config; download or convert the weights")
-    config = config or architectures.configuration(architecture, checkpoint)
+    config = config or architectures.configuration(architecture, checkpoint, tell=False)
     tensors = dict(checkpoint.tensors)
     packed: dict[str, list[Tensor]] = {}
     if checkpoint.quantization is not None:
