@@ -123,9 +123,7 @@ def flavour_of(ranks: Mapping[bytes, int], vocab_size: int) -> str:
 
 def special_tokens(vocab_size: int, flavour: str) -> dict[str, int]:
     """Name -> id: the last ids of the vocabulary, `<|endoftext|>` first."""
-    if flavour not in SPECIAL_TOKENS:
-        raise InputError(f"expected a flavour of {' or '.join(SPECIAL_TOKENS)}; found {flavour!r}")
-    names = SPECIAL_TOKENS[flavour]
+    names = _names(flavour)
     return {name: vocab_size - len(names) + position for position, name in enumerate(names)}
 
 
@@ -189,7 +187,7 @@ def fast_tokenizer(ranks: Mapping[bytes, int], specials: Mapping[str, int]) -> T
 
 def tokenizer_config(flavour: str, model_max_length: int | None) -> dict[str, Any]:
     """What goes into tokenizer_config.json. The class name is the one that transformers 4 and 5 both know."""
-    names = SPECIAL_TOKENS[flavour]
+    names = _names(flavour)
     values: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         # An instruct model ends a turn with `<|end|>`, a base model a document with `<|endoftext|>`.
@@ -273,6 +271,12 @@ def write_vocabulary(tokenizer_json: Path, path: Path) -> None:
         ) from None
     lines = (f"{base64.b64encode(tokens[rank]).decode()} {rank}\n" for rank in sorted(tokens))
     path.write_text("".join(lines), encoding="ascii")
+
+
+def _names(flavour: str) -> tuple[str, ...]:
+    if flavour not in SPECIAL_TOKENS:
+        raise InputError(f"expected a flavour of {' or '.join(SPECIAL_TOKENS)}; found {flavour!r}")
+    return SPECIAL_TOKENS[flavour]
 
 
 def _json(values: Mapping[str, Any]) -> str:
