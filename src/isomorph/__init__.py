@@ -45,7 +45,7 @@ _HOMES = {
     "InputError": "isomorph.errors",
 }
 
-__all__ = sorted(_HOMES)  # noqa: PLE0604
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
