@@ -93,7 +93,7 @@ def _taps(candidate: Capture, reference: Capture, exact: Capture | None) -> list
         difference = ours.astype(np.float64) - theirs
         size = rms(theirs)
         if exact is not None:
-            noise = measure_noise(ours, theirs, exact.hidden[index], candidate.dtype)
+            noise = measure_noise(ours, theirs, exact.hidden[index], candidate.dtype, norm_over=ours.shape[-1])
             error, floor, ratio, limit = noise.error, noise.floor, noise.ratio, MAX_NOISE_RATIO
         else:
             # Without an exact run there is only the numeric rule, which a hidden state obeys like logits do.
@@ -143,7 +143,7 @@ def _histogram(candidate: Capture, reference: Capture, exact: Capture | None) ->
     runs = {"candidate": np.abs(candidate.logits - base)}
     if exact is not None:
         runs["reference"] = np.abs(reference.logits - base)
-    largest = max(float(np.nanmax(values)) for values in runs.values())
+    largest = max(float(values.max()) for values in runs.values())
     if not np.isfinite(largest) or largest == 0:
         return {}
     edges = np.logspace(np.log10(largest) - 5, np.log10(largest), 51)

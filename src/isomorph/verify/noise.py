@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from isomorph.evaluate.metrics import rms
-from isomorph.verify.tolerance import MAX_NOISE_RATIO, storage_noise
+from isomorph.verify.tolerance import MAX_NOISE_RATIO, least_noise
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,19 @@ class Noise:
         return not self.ratio <= MAX_NOISE_RATIO
 
 
-def measure_noise(candidate: np.ndarray, reference: np.ndarray, exact: np.ndarray, dtype: str) -> Noise:
-    """Errors of `candidate` and `reference`, both computed in `dtype`, against `exact`; all `[N, D]`."""
+def measure_noise(
+    candidate: np.ndarray, reference: np.ndarray, exact: np.ndarray, dtype: str, norm_over: int = 0
+) -> Noise:
+    """Errors of `candidate` and `reference`, both computed in `dtype`, against `exact`; all `[N, D]`.
+
+    The floor is the reference's error, but not below `least_noise`, whose largest of N positions is sqrt(2 ln N) times
+    its RMS (errors taken as normal).
+    """
     exact = np.asarray(exact, dtype=np.float64)
     ours, theirs = _by_position(candidate - exact), _by_position(reference - exact)
-    least = storage_noise(exact, dtype)
-    return Noise(rms(ours), max(rms(theirs), least), float(ours.max()), max(float(theirs.max()), least))
+    least = least_noise(exact, dtype, norm_over)
+    tail = max(1.0, 2 * np.log(len(exact))) ** 0.5
+    return Noise(rms(ours), max(rms(theirs), least), float(ours.max()), max(float(theirs.max()), least * tail))
 
 
 def _by_position(error: np.ndarray) -> np.ndarray:

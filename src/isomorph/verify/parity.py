@@ -42,9 +42,9 @@ def cached_pair(model: Model, ids: np.ndarray, full: np.ndarray) -> ServingPair:
 
 
 def ragged_rows(stream: np.ndarray, width: int) -> list[np.ndarray]:
-    """Four rows of different contents and lengths between 1/8 of `width` and `width`."""
-    lengths = [max(2, width * part // 8) for part in (5, 8, 1, 3)]
-    starts = [(len(stream) - length) * i // 3 for i, length in enumerate(lengths)]
+    """Three rows of different contents, of 5/8, 1/1 and 1/4 of `width` tokens."""
+    lengths = [max(2, width * part // 8) for part in (5, 8, 2)]
+    starts = [(len(stream) - length) * i // 2 for i, length in enumerate(lengths)]
     return [stream[start : start + length] for start, length in zip(starts, lengths)]
 
 

@@ -62,8 +62,8 @@ class Session:
         judges = {served: "own weights" if self.quantized else "reference"}
         if served != "float32" and self._can_run(self.candidate, "float32", "comparison in float32"):
             runs.take("candidate", self.candidate.load("float32"), serve=True)
-            same = not self.quantized and (weights is None or weights.same_in_float32)
-            judges["float32"] = "reference" if same else "own weights"
+            by_design = self.quantized or (weights is not None and weights.rounded_by_design)
+            judges["float32"] = "own weights" if by_design else "reference"
         for role, side in (("reference", self.reference), ("own weights", self._own_weights())):
             judged = [dtype for dtype, judge in judges.items() if judge == role]
             for dtype, greedy in self._dtypes(side, role, judged, reference_dtype).items():

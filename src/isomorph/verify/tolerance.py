@@ -28,10 +28,12 @@ def allowed_logit_difference(reference: Any, dtype: str = "float32") -> float:
     return 2e-5 * float(np.maximum(1.0, largest / 10)) * UNIT_ROUNDOFF[dtype] / UNIT_ROUNDOFF["float32"]
 
 
-def storage_noise(values: Any, dtype: str) -> float:
-    """RMS error of merely storing `values` in `dtype`: u * rms / sqrt(3), errors uniform within half a spacing.
+def least_noise(values: Any, dtype: str, norm_over: int = 0) -> float:
+    """RMS error that `values` computed in `dtype` have whatever the implementation; a noise floor is no lower.
 
-    No measured noise is better than this, so it is the least a noise floor can be.
+    Storing them: u * rms / sqrt(3), errors uniform within half a spacing. A norm over `norm_over` values before them,
+    summed one after another in float32: the partial sums' roundings add up to u32 * sqrt(D) / 3 of the sum, and the
+    square root halves it. A reference that sums in a tree does better, which obliges nobody.
     """
     size = float(np.sqrt(np.mean(np.square(np.asarray(values, dtype=np.float64)))))
-    return UNIT_ROUNDOFF[dtype] * size / 3**0.5
+    return size * (UNIT_ROUNDOFF[dtype] ** 2 / 3 + UNIT_ROUNDOFF["float32"] ** 2 * norm_over / 36) ** 0.5

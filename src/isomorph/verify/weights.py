@@ -21,8 +21,9 @@ NAMES_SHOWN = 3
 class WeightComparison:
     """Counts of tensors by what became of them, and the names of those that are wrong.
 
-    `same_in_float32` says that both sides, cast to float32, hold the same function: every tensor has the same bits and
-    no product of tensors was rounded to a lower precision on one side.
+    `rounded_by_design` says that the candidate holds the reference's weights in a lower precision, so that in float32
+    the two are different functions although nothing is wrong: rounded tensors, or a product of tensors that is stored
+    rounded on one side only (a folded head).
     """
 
     identical: int = 0
@@ -30,7 +31,7 @@ class WeightComparison:
     quantized: int = 0
     wrong: list[str] = field(default_factory=list)
     worst_quantized: tuple[float, float, str] = (0.0, 1.0, "")
-    same_in_float32: bool = False
+    rounded_by_design: bool = False
 
     def checks(self) -> list[Check]:
         """One verdict on stored tensors, and one on quantized ones where there are any."""
@@ -75,8 +76,8 @@ def compare_weights(reference: Side, candidate: Side) -> WeightComparison | None
     for wanted, found in zip(expected, mapped(ours, architecture, layout), strict=True):
         _compare(result, wanted, found, _settings(ours, found.name))
     low = {tensor.dtype for tensor in ours.tensors.values()} != {"float32"}
-    folded_here_only = "folded" in layout and "folded" not in architecture.detect(theirs)
-    result.same_in_float32 = not (result.rounded or result.quantized or result.wrong or (low and folded_here_only))
+    folded_on_one_side = architecture.layouts[layout].config != architecture.layouts[architecture.detect(theirs)].config
+    result.rounded_by_design = not result.wrong and (result.rounded > 0 or (low and folded_on_one_side))
     return result
 
 
