@@ -17,6 +17,9 @@ from isomorph.errors import InputError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
+#: `pocket:talkie` names a model that comes with the package.
+POCKET = "pocket:"
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -51,7 +54,7 @@ class Checkpoint:
 def open_checkpoint(
     source: str | Path | Checkpoint, *, config: Mapping[str, Any] | str | Path | None = None
 ) -> Checkpoint:
-    """Open `source`: a folder, an original .pt/.pth/.ckpt file or a Hub id. No tensor is read yet.
+    """Open `source`: a folder, an original .pt/.pth/.ckpt file, `pocket:NAME` or a Hub id. No tensor is read yet.
 
     `config` (a mapping, or the path of a config.json) overrides keys of the folder's config.json, or completes what
     is inferred for a bare original file. Raises InputError.
@@ -110,6 +113,10 @@ def _overrides(config: Mapping[str, Any] | str | Path | None) -> dict[str, Any]:
 
 
 def _locate(source: str | Path) -> Path:
+    if isinstance(source, str) and source.startswith(POCKET):
+        from isomorph import pocket
+
+        return pocket.path(source.removeprefix(POCKET))
     path = Path(source).expanduser()
     if path.is_dir():
         return path
