@@ -98,6 +98,14 @@ class MLXDecodeState(DecodeState):
         tokens = np.asarray(ids)
         if tokens.ndim != 2 or tokens.shape[0] != self.batch_size or tokens.shape[1] == 0:
             raise InputError(f"expected ids [{self.batch_size}, T] with T > 0; found shape {tokens.shape}")
+        padding = np.arange(tokens.shape[1]) < -self._lengths[:, None]  # [B, T]
+        tokens = self._model.checked_ids(np.where(padding, 0, tokens))
+        longest = int(self._lengths.max()) + tokens.shape[1]
+        if longest > self._model.max_positions:
+            raise InputError(
+                f"expected at most {self._model.max_positions} tokens (max_position_embeddings); found {longest}; "
+                "shorten the prompt or generate fewer tokens"
+            )
         with mx.stream(self._model.device):
             inputs = mx.array(tokens.astype(np.int32))
             done = 0
