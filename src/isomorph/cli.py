@@ -260,6 +260,85 @@ def chat(
 # --- train -----------------------------------------------------------------------------------------------------------
 
 
+@app.command("train")
+def train_command(
+    out: Annotated[Path, typer.Option(help="Folder of the run; repeat the command to go on where it stopped.")],
+    data: Annotated[list[Path], typer.Option(help="A text, or a folder of .txt files; repeatable.")],
+    preset: Annotated[str | None, typer.Option(help="pocket: a 4.6M-parameter Talkie and how to train it.")] = None,
+    architecture: Annotated[str | None, typer.Option(help="Default: the preset's, or talkie.")] = None,
+    config: ConfigFile = None,
+    shape: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of config.json; repeatable.")] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="Ids, special tokens included.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="A tiktoken vocab.txt; default: learn one.")] = None,
+    held_out: Annotated[list[Path] | None, typer.Option(help="Texts to measure, never trained on.")] = None,
+    chat_data: Annotated[
+        list[Path] | None, typer.Option(help="Books of questions and answers: a second stage.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps on text.")] = None,
+    chat_steps: Annotated[int | None, typer.Option(help="Optimizer steps on conversations.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Windows a step.")] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Parts a step's batch is computed in.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens a window.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak of the warm-up-cosine schedule.")] = None,
+    warmup_steps: Annotated[int | None, typer.Option(help="Steps that lead to the peak.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Compute dtype: float32 or bfloat16.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the weights and of the order of the data.")] = None,
+    model_parallel: Annotated[int, typer.Option(help="Devices that share a matrix.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Train a small model in JAX: vocabulary, text, conversations, and a folder that loads in every framework."""
+    from isomorph.checkpoint.source import read_json
+    from isomorph.train import train
+
+    shapes = read_json(config) if config is not None else {}
+    for item in shape or []:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise InputError(f"expected --set KEY=VALUE; found {item!r}")
+        try:
+            shapes[key] = json.loads(value)
+        except json.JSONDecodeError:
+            shapes[key] = value
+    if vocab_size is not None:
+        shapes["vocab_size"] = vocab_size
+    given = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "accumulate": accumulate,
+        "sequence_length": seq_len,
+        "learning_rate": learning_rate,
+        "warmup_steps": warmup_steps,
+        "dtype": dtype,
+        "seed": seed,
+    }
+    settings = {name: value for name, value in given.items() if value is not None}
+    result = train(
+        out,
+        data,
+        preset=preset,
+        architecture=architecture,
+        config=shapes,
+        settings=settings,
+        chat_settings={"steps": chat_steps} if chat_steps is not None else None,
+        chat_data=chat_data or [],
+        held_out=held_out or [],
+        vocabulary=tokenizer,
+        model_parallel=model_parallel,
+    )
+    if as_json:
+        print_json(result)
+        return
+    bits = result.held_out_bits_per_byte
+    show(
+        "",
+        {
+            "model": str(result.path),
+            "parameters": f"{result.parameters:,}",
+            "held out": f"{bits:.3f} bits per byte" if bits is not None else "not measured",
+        },
+    )
+
+
 # --- demo ------------------------------------------------------------------------------------------------------------
 
 

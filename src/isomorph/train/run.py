@@ -86,6 +86,18 @@ def run(
     tokenizer = architecture.module("tokenizer")
     specials: dict[str, int] = tokenizer.special_tokens(parsed.vocab_size, "instruct")
     out.mkdir(parents=True, exist_ok=True)
+    _same_run(
+        out / "settings.json",
+        {
+            "architecture": architecture_name,
+            "config": parsed.to_dict(),
+            "text": asdict(text),
+            "chat": asdict(chat) if chat else None,
+            "data": digests(files),
+            "chat_data": digests(chat_data),
+            "vocabulary": digests([vocabulary] if vocabulary else []),
+        },
+    )
     vocab = out / "vocab.txt"
     if vocabulary is not None:
         vocab.write_bytes(vocabulary.read_bytes())
@@ -94,17 +106,6 @@ def run(
     tokenizer.flavour_of(tokenizer.read_vocabulary(vocab), parsed.vocab_size)
     encoding = load_encoding(vocab)
     tokens = tokenize(files, encoding, specials["<|endoftext|>"], out / "tokens.bin")
-    _same_run(
-        out / "settings.json",
-        {
-            "architecture": architecture_name,
-            "config": parsed.to_dict(),
-            "text": asdict(text),
-            "chat": asdict(chat) if chat else None,
-            "data": json.loads((out / "tokens.json").read_text())["sha256"],
-            "chat_data": [sha256(file.read_bytes()).hexdigest() for file in chat_data],
-        },
-    )
     held_out_files = text_files(held_out) if held_out else []
     evaluate_on = partial(held_out_evaluation, [read_text(file) for file in held_out_files], encoding)
     make_model = partial(architecture.module("modeling_flax").Model, parsed)
@@ -152,6 +153,11 @@ def with_fresh_rows(
     return fresh
 
 
+def digests(files: Sequence[Path]) -> list[str]:
+    """sha256 of each file."""
+    return [sha256(file.read_bytes()).hexdigest() for file in files]
+
+
 def _mesh(model_parallel: int) -> Mesh | None:
     """Every device: `model_parallel` of them share a matrix, the rest share the batch. None on one device."""
     devices = np.array(jax.devices())
@@ -164,19 +170,23 @@ def _mesh(model_parallel: int) -> Mesh | None:
 
 def _same_run(path: Path, settings: dict[str, Any]) -> None:
     """Keep what a run began with, and refuse to go on with something else."""
-    settings = json.loads(json.dumps(settings))
     if not path.is_file():
         path.write_text(json.dumps(settings, indent=2) + "\n")
         return
-    begun = json.loads(path.read_text())
-    differing = [
-        f"{part}.{key}" if isinstance(begun.get(part), dict) and isinstance(value, dict) else part
-        for part, value in settings.items()
-        for key in (value if isinstance(value, dict) and isinstance(begun.get(part), dict) else [None])
-        if (begun[part].get(key) != value[key] if key is not None else begun.get(part) != value)
-    ]
+    begun = _flat(json.loads(path.read_text()))
+    asked = _flat(json.loads(json.dumps(settings)))
+    differing = sorted(key for key in begun.keys() | asked.keys() if begun.get(key) != asked.get(key))
     if differing:
         raise InputError(
             f"expected the settings that the run in {path.parent} began with; found others for {', '.join(differing)}; "
             "use another --out"
         )
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings under dotted names."""
+    flat = {}
+    for name, value in settings.items():
+        inner = _flat(value) if isinstance(value, dict) else {"": value}
+        flat.update({f"{name}.{key}".rstrip("."): item for key, item in inner.items()})
+    return flat
