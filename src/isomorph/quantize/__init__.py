@@ -1,0 +1,1 @@
+"""Quantized weights in MLX's format."""
