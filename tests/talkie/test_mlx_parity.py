@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
-from golden.make_talkie import CASES, FOLDER, case, fingerprint, forward
-from tiny import tiny_config, tiny_tensors, write_checkpoint
-
-mx = pytest.importorskip("mlx.core")
-pytest.importorskip("mlx_lm")
+import torch
 
 import isomorph
-from isomorph.architectures.talkie import modeling_mlx
+from golden.make_talkie import CASES, FOLDER, case, fingerprint, forward
+from isomorph.architectures.talkie import modeling_mlx, modeling_torch
 from isomorph.verify.tolerance import MAX_NOISE_RATIO, allowed_logit_difference
+from tiny import tiny_config, tiny_tensors, write_checkpoint
 
 
 def build(config: dict, tensors: dict[str, np.ndarray]) -> modeling_mlx.Model:
@@ -125,9 +124,6 @@ def test_positions_past_the_tables_are_still_right(tables: str) -> None:
 
 def test_bfloat16_is_as_close_to_exact_as_rounding_allows() -> None:
     """The port's error in bfloat16 against that of the same weights and the same arithmetic in another library."""
-    torch = pytest.importorskip("torch")
-    from isomorph.architectures.talkie import modeling_torch
-
     config, tensors, ids = case("faithful")
     exact = np.load(FOLDER / "faithful.npz")["logits"]
     rounded = {name: mx.array(value).astype(mx.bfloat16) for name, value in tensors.items()}
