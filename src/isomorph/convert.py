@@ -147,7 +147,7 @@ def _plan(
     parsed = architectures.configuration(architecture, checkpoint, target.name)
     if not checkpoint.tensors:
         checkpoint = port.declared(checkpoint, architecture, parsed)
-    reading = port.read(checkpoint, architecture, config=parsed, dequantize=dequantize)
+    reading = port.read(checkpoint, architecture, config=parsed, dtype=dtype, dequantize=dequantize)
     tensors = list(reading.into(target, dtype))
     files: dict[str, Content] = {name: _beside(architecture, name) for name in target.files}
     files |= reading.sidecars(target, dtype)

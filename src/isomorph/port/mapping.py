@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from isomorph.architectures.base import Architecture
+from isomorph.checkpoint.mlx_quantized import dequantized, is_quantized, quantized_modules
 from isomorph.checkpoint.source import Checkpoint
 from isomorph.checkpoint.tensor import FLOATING, Tensor
 from isomorph.errors import InputError, did_you_mean
@@ -106,7 +107,7 @@ def mapped(
     which needs a target that stores those modules untransformed. Raises InputError that names all that does not fit.
     """
     layout = layout_of(architecture, target_layout)
-    yield from read(checkpoint, architecture, config=config, dequantize=dequantize).into(layout, dtype)
+    yield from read(checkpoint, architecture, config=config, dtype=dtype, dequantize=dequantize).into(layout, dtype)
 
 
 def layout_of(architecture: Architecture, name: str) -> Layout:
@@ -117,28 +118,35 @@ def layout_of(architecture: Architecture, name: str) -> Layout:
     return architecture.layouts[name]
 
 
-def read(checkpoint: Checkpoint, architecture: Architecture, *, config: Any = None, dequantize: bool = True) -> Reading:
+def read(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    *,
+    config: Any = None,
+    dtype: str | None = None,
+    dequantize: bool = True,
+) -> Reading:
     """Account for every tensor of the checkpoint: consumed or dropped with a reason, each row filled, shapes right.
 
-    Raises one InputError for all mistakes together.
+    `dtype` is what dequantized weights are computed in (default: their scales'). Raises one InputError for all
+    mistakes together.
     """
     from isomorph import architectures
 
     if not checkpoint.tensors:
         raise InputError(f"expected weights in {checkpoint.path}; found only a config; download or convert the weights")
     config = config or architectures.configuration(architecture, checkpoint, tell=False)
-    tensors = dict(checkpoint.tensors)
-    packed: dict[str, list[Tensor]] = {}
-    if checkpoint.quantization is not None:
-        if dequantize:
-            from isomorph.checkpoint.mlx_quantized import dequantized
-
-            tensors = dict(dequantized(tensors, checkpoint.quantization))
-        else:
-            tensors, packed = _unpacked(tensors)
     layout = architecture.layouts[architecture.detect(checkpoint)]
     shapes = architecture.parameters(config)
     rows = expand(layout, shapes)
+    tensors = dict(checkpoint.tensors)
+    packed: dict[str, list[Tensor]] = {}
+    if checkpoint.quantization is not None or is_quantized(tensors):
+        widths = {name.removesuffix(".weight"): shape[-1] for name, shape in shapes_in(layout, shapes).items()}
+        if dequantize:
+            tensors = dequantized(tensors, checkpoint.quantization, dtype, widths)
+        else:
+            tensors, packed = _unpacked(tensors, quantized_modules(tensors, checkpoint.quantization, widths))
     mistakes, leaving = _mistakes(layout, shapes, tensors, packed)
     if mistakes:
         shown = "; ".join(mistakes[:MISTAKES_SHOWN])
@@ -188,12 +196,13 @@ def _cast(tensor: Tensor, dtype: str | None) -> Tensor:
     return tensor if dtype is None else tensor.cast(dtype)
 
 
-def _unpacked(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
+def _unpacked(
+    tensors: Mapping[str, Tensor], modules: Iterable[str]
+) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
     """Tensors without the companions of packed weights, and those companions by the weight's name."""
     packed = {
-        name: [tensors[key] for part in COMPANIONS if (key := f"{name.removesuffix('weight')}{part}") in tensors]
-        for name, tensor in tensors.items()
-        if name.endswith(".weight") and tensor.dtype == "uint32"
+        f"{path}.weight": [tensors[key] for part in COMPANIONS if (key := f"{path}.{part}") in tensors]
+        for path in modules
     }
     taken = {part.name for parts in packed.values() for part in parts}
     return {name: tensor for name, tensor in tensors.items() if name not in taken}, packed
