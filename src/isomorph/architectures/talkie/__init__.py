@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from isomorph.architectures.base import Architecture
 from isomorph.architectures.talkie.config import TalkieConfig
-from isomorph.architectures.talkie.weights import LAYOUTS, ROLES, parameters
+from isomorph.architectures.talkie.recipe import role
+from isomorph.architectures.talkie.weights import LAYOUTS, parameters
 from isomorph.errors import InputError
 
 if TYPE_CHECKING:
@@ -73,11 +74,6 @@ def infer_config(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[st
     }
     assumed = ("max_position_embeddings", "rope_theta", "rms_norm_eps", "rope_table_dtype")
     return config, [f"{key}={getattr(TalkieConfig, key)}" for key in assumed]
-
-
-def role(path: str) -> str | None:
-    """What the module at `path` (a tensor or module name, any layout) is: see `ROLES`; None when it is none of them."""
-    return next((ROLES[part] for part in reversed(path.split(".")) if part in ROLES), None)
 
 
 ARCHITECTURE = Architecture(

@@ -26,24 +26,6 @@ SHAPES = {
     "lm_head_gain.w_g": "1",
 }
 
-#: Module of a block -> what it is, for quantization recipes and reports.
-ROLES = {
-    "embed": "embedding",
-    "attn_query": "attention.query",
-    "attn_key": "attention.key",
-    "attn_value": "attention.value",
-    "attn_resid": "attention.output",
-    "mlp_gate": "mlp.gate",
-    "mlp_linear": "mlp.up",
-    "mlp_resid": "mlp.down",
-    "lm_head": "head",
-    "head_gain": "gain",
-    "attn_gain": "gain",
-    "mlp_gain": "gain",
-    "embed_skip": "gain",
-    "lm_head_gain": "gain",
-}
-
 TABLES = "cos and sin tables are computed from the config"
 DROPPED: dict[str, Target] = {"*rotary*": (None, TABLES), "*cos": (None, TABLES), "*sin": (None, TABLES)}
 
