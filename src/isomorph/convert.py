@@ -14,7 +14,7 @@ from typing import Any
 
 from isomorph import __version__, architectures, port
 from isomorph.architectures.base import Architecture
-from isomorph.checkpoint.container import MAX_SHARD_BYTES, Container, safetensors_files, torch_file
+from isomorph.checkpoint.container import MAX_SHARD_BYTES, Container, safetensors_files, torch_container
 from isomorph.checkpoint.source import Checkpoint, open_checkpoint
 from isomorph.checkpoint.target import check_target
 from isomorph.checkpoint.tensor import FLOATING, Tensor
@@ -57,7 +57,7 @@ class Conversion:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """Everything to write, nothing read yet."""
 
     source_layout: str
@@ -102,9 +102,9 @@ def convert(
     if checkpoint.quantization is not None and not dequantize and dtype is not None:
         raise InputError("expected no dtype for a quantized model, whose codes have none; leave it out or dequantize")
     if architecture is None:
-        plan = _stock_plan(checkpoint, to or "mlx", layout, dtype, dequantize)
+        plan = stock_plan(checkpoint, to or "mlx", layout, dtype, dequantize)
     else:
-        plan = _plan(checkpoint, architecture, to, layout, dtype, dequantize)
+        plan = own_plan(checkpoint, architecture, to, layout, dtype, dequantize)
     weights = _containers(plan, max_shard_bytes)
     payload = sum(tensor.nbytes for tensor in plan.tensors)
     result = partial(
@@ -123,7 +123,7 @@ def convert(
     )
     if dry_run:
         return result(files=[file.name for file in weights] + list(plan.files), dry_run=True)
-    files = {**plan.files, **_tokenizer(checkpoint, architecture, plan)}
+    files = {**plan.files, **tokenizer_files(checkpoint, architecture, plan)}
     inputs = {
         "isomorph": __version__,
         "sources": file_identity(checkpoint.files),
@@ -134,14 +134,14 @@ def convert(
     return result(files=sorted(entry.name for entry in destination.iterdir()))
 
 
-def _plan(
+def own_plan(
     checkpoint: Checkpoint,
     architecture: Architecture,
     to: str | None,
     layout_name: str | None,
     dtype: str | None,
     dequantize: bool,
-) -> _Plan:
+) -> Plan:
     """The plan for an architecture of our own, through its weight tables."""
     target = _target_layout(architecture, checkpoint, to, layout_name, dequantize)
     parsed = architectures.configuration(architecture, checkpoint, target.name)
@@ -155,9 +155,9 @@ def _plan(
     if not reading.packed:
         kept = {key: value for key, value in kept.items() if key not in QUANTIZATION_KEYS}
     config = kept | dict(parsed.to_dict()) | dict(target.keys) | _dtype_keys(tensors)
-    files["config.json"] = _json(config)
+    files["config.json"] = json_bytes(config)
     parameters = sum(math.prod(shape) for shape in port.shapes_in(target, reading.shapes).values())
-    return _Plan(
+    return Plan(
         reading.layout.name, target.name, tensors, target.container, parameters, config, parsed, files, reading.dropped
     )
 
@@ -177,7 +177,7 @@ def _target_layout(
     return architecture.layouts[architecture.defaults[to or "mlx"]]
 
 
-def _stock_plan(checkpoint: Checkpoint, to: str, layout: str | None, dtype: str | None, dequantize: bool) -> _Plan:
+def stock_plan(checkpoint: Checkpoint, to: str, layout: str | None, dtype: str | None, dequantize: bool) -> Plan:
     """The plan for an architecture that stock libraries have: a copy, where source and target share their names."""
     if layout is not None or dequantize or to not in ("mlx", "transformers"):
         what = f"layout {layout!r}" if layout is not None else "--dequantize" if dequantize else f"to={to!r}"
@@ -192,18 +192,18 @@ def _stock_plan(checkpoint: Checkpoint, to: str, layout: str | None, dtype: str 
     kept = {key: value for key, value in (checkpoint.config or {}).items() if key not in ("dtype", "torch_dtype")}
     config = kept | _dtype_keys(tensors)
     code = {path.name: path for path in sorted(checkpoint.folder.glob("*.py"))}
-    files: dict[str, Content] = {**code, "config.json": _json(config)}
+    files: dict[str, Content] = {**code, "config.json": json_bytes(config)}
     name = {"pt": "transformers", "mlx": "mlx-lm"}[container]
-    return _Plan(name, name, tensors, container, sum(t.size for t in tensors), config, None, files)
+    return Plan(name, name, tensors, container, sum(t.size for t in tensors), config, None, files)
 
 
 def _cast(tensor: Tensor, dtype: str | None) -> Tensor:
     return tensor.cast(dtype) if dtype is not None and tensor.dtype in FLOATING else tensor
 
 
-def _containers(plan: _Plan, max_shard_bytes: int) -> list[Container]:
+def _containers(plan: Plan, max_shard_bytes: int) -> list[Container]:
     if plan.container == "torch":
-        return [torch_file(ORIGINAL_FILE, plan.tensors)]
+        return [torch_container(ORIGINAL_FILE, plan.tensors)]
     return safetensors_files(plan.tensors, {"format": plan.container}, max_shard_bytes)
 
 
@@ -221,7 +221,7 @@ def _beside(architecture: Architecture, name: str) -> Path:
     return Path(str(architectures.__file__)).parent / architecture.folder / name
 
 
-def _tokenizer(checkpoint: Checkpoint, architecture: Architecture | None, plan: _Plan) -> dict[str, Content]:
+def tokenizer_files(checkpoint: Checkpoint, architecture: Architecture | None, plan: Plan) -> dict[str, Content]:
     """The source's tokenizer in the form the target takes."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
@@ -230,7 +230,7 @@ def _tokenizer(checkpoint: Checkpoint, architecture: Architecture | None, plan: 
         return {name: (place / name).read_bytes() for name in names}
 
 
-def _json(document: Mapping[str, Any]) -> bytes:
+def json_bytes(document: Mapping[str, Any]) -> bytes:
     return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
 
 
