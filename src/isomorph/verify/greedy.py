@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,22 +38,22 @@ class RunShape:
     loop: Loop | None
 
 
-def greedy_tokens(
-    model: Model, prompt: np.ndarray, count: int, advance: Callable[[], None] = lambda: None
-) -> GreedyTokens:
-    """`count` greedy tokens after `prompt [T]`, prefill and single steps through the decode state."""
-    state = model.decode_state(1, max_length=len(prompt) + count)
+def greedy_tokens(model: Model, prompt: np.ndarray, count: int, max_length: int | None = None) -> GreedyTokens:
+    """`count` greedy tokens after `prompt [T]`, prefill and single steps through the decode state.
+
+    `max_length` is the room of the decode state, at least T + count.
+    """
+    state = model.decode_state(1, max_length=max_length or len(prompt) + count)
     ids: list[int] = []
     margins: list[float] = []
     feed = np.asarray(prompt, dtype=np.int64)[None]
     for _ in range(count):
-        logits = state.feed(feed, last_only=True)[0, -1]
+        logits = state.feed(feed)[0, -1]
         if not np.isfinite(logits).all():
             return GreedyTokens(ids, margins, False)
         ids.append(int(logits.argmax()))
         margins.append(float(top_margin(logits)))
         feed = np.array([[ids[-1]]], dtype=np.int64)
-        advance()
     return GreedyTokens(ids, margins, True)
 
 

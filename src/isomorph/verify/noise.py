@@ -31,7 +31,7 @@ class Noise:
 
 
 def measure_noise(
-    candidate: np.ndarray, reference: np.ndarray, exact: np.ndarray, dtype: str, norm_over: int = 0
+    candidate: np.ndarray, reference: np.ndarray, exact: np.ndarray, dtype: str, summed: float = 0.0
 ) -> Noise:
     """Errors of `candidate` and `reference`, both computed in `dtype`, against `exact`; all `[N, D]`.
 
@@ -40,7 +40,7 @@ def measure_noise(
     """
     exact = np.asarray(exact, dtype=np.float64)
     ours, theirs = _by_position(candidate - exact), _by_position(reference - exact)
-    least = least_noise(exact, dtype, norm_over)
+    least = least_noise(exact, dtype, summed)
     tail = max(1.0, 2 * np.log(len(exact))) ** 0.5
     return Noise(rms(ours), max(rms(theirs), least), float(ours.max()), max(float(theirs.max()), least * tail))
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 #: Single decode steps taken in each comparison.
 STEPS = 16
+#: Longest row of a batch: beyond the sliding windows in use (128), and no more, for a batch costs its multiple.
+BATCH_TOKENS = 192
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,16 @@ class ServingPair:
     full: np.ndarray
 
 
-def cached_pair(model: Model, ids: np.ndarray, full: np.ndarray) -> ServingPair:
-    """Prefill, a second chunk, then single steps, against `full [T, V]`, the logits of `ids [T]`."""
+def cached_pair(model: Model, ids: np.ndarray, full: np.ndarray, max_length: int | None = None) -> ServingPair:
+    """Prefill, a second chunk, then single steps, against `full [T, V]`, the logits of `ids [T]`.
+
+    `max_length` is the room of the decode state, at least T.
+    """
     length = len(ids)
     steps = min(STEPS, length // 2)
     prefill = max(1, (length - steps) * 2 // 3)
     middle = length - steps
-    state = model.decode_state(1, max_length=length)
+    state = model.decode_state(1, max_length=max_length or length)
     parts = [state.feed(ids[None, :prefill])[0]]
     if middle > prefill:
         parts.append(state.feed(ids[None, prefill:middle])[0])
@@ -42,8 +47,8 @@ def cached_pair(model: Model, ids: np.ndarray, full: np.ndarray) -> ServingPair:
 
 
 def ragged_rows(stream: np.ndarray, width: int) -> list[np.ndarray]:
-    """Three rows of different contents, of 5/8, 1/1 and 1/4 of `width` tokens."""
-    lengths = [max(2, width * part // 8) for part in (5, 8, 2)]
+    """Three rows of different contents, of 7/8, 8/8 and 6/8 of `width` tokens, BATCH_TOKENS at most."""
+    lengths = [max(2, min(width, BATCH_TOKENS) * part // 8) for part in (7, 8, 6)]
     starts = [(len(stream) - length) * i // 2 for i, length in enumerate(lengths)]
     return [stream[start : start + length] for start, length in zip(starts, lengths)]
 
@@ -60,7 +65,7 @@ def batched_pairs(model: Model, stream: np.ndarray, width: int) -> list[ServingP
     together = model.logits(padded, mask)
     one_pass = np.concatenate([together[row, longest - n :] for row, n in enumerate(lengths)])
 
-    # The shortest row keeps one token for the prefill, so that every row takes single steps on its own position.
+    # Every row keeps a token for the prefill, so that all take single steps, each at a position of its own.
     steps = min(STEPS, min(lengths) - 1)
     cut = longest - steps
     state = model.decode_state(len(rows), left_padding=[longest - n for n in lengths], max_length=longest)

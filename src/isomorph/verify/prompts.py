@@ -52,7 +52,7 @@ def make_prompt(model: Model, text: Any = None, tokens: int = TOKENS, seed: int 
     if text is None:
         from isomorph import pocket
 
-        text, origin = pocket.heldout(), "held-out excerpt shipped with isomorph"
+        text, origin = pocket.heldout_text(), "held-out excerpt shipped with isomorph"
     ids = np.asarray(model.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)[:tokens]
     if ids.size < 2:
         raise InputError(f"expected a text of at least 2 tokens; found {ids.size}; give a longer text")

@@ -40,13 +40,15 @@ class Runs:
         self.say(f"{role}: {model.framework}, {model.dtype}")
         rows, width = self.prompt.rows, self.prompt.rows.shape[1]
         run = Run(capture(model, rows))
-        if serve:
-            run.serving = [cached_pair(model, rows[0], run.capture.logits[:width])]
-            run.serving += batched_pairs(model, self.prompt.stream, width)
         start = min(PROMPT_TOKENS, max(1, width // 2))
+        count = min(self.greedy_tokens, model.max_positions - start)
+        # One size of decode state for all, because compiled frameworks make a program for each.
+        room = max(width, start + count)
+        if serve:
+            run.serving = [cached_pair(model, rows[0], run.capture.logits[:width], room)]
+            run.serving += batched_pairs(model, self.prompt.stream, width)
         if greedy:
-            count = min(self.greedy_tokens, model.max_positions - start)
-            run.greedy = greedy_tokens(model, self.prompt.stream[:start], count)
+            run.greedy = greedy_tokens(model, self.prompt.stream[:start], count, room)
         self.taken[role, model.dtype] = run
 
     def get(self, role: str, dtype: str | None) -> Run | None:

@@ -28,12 +28,18 @@ def allowed_logit_difference(reference: Any, dtype: str = "float32") -> float:
     return 2e-5 * float(np.maximum(1.0, largest / 10)) * UNIT_ROUNDOFF[dtype] / UNIT_ROUNDOFF["float32"]
 
 
-def least_noise(values: Any, dtype: str, norm_over: int = 0) -> float:
-    """RMS error that `values` computed in `dtype` have whatever the implementation; a noise floor is no lower.
+#: Relative variance of a float32 sum of K terms taken one after another, in units of K * u^2. Each partial sum adds an
+#: error uniform within half a spacing: K/6 when terms have random signs (a matrix product), K/9 when all are positive,
+#: which the square root of a norm makes K/36.
+PRODUCT_VARIANCE, NORM_VARIANCE = 1 / 6, 1 / 36
 
-    Storing them: u * rms / sqrt(3), errors uniform within half a spacing. A norm over `norm_over` values before them,
-    summed one after another in float32: the partial sums' roundings add up to u32 * sqrt(D) / 3 of the sum, and the
-    square root halves it. A reference that sums in a tree does better, which obliges nobody.
+
+def least_noise(values: Any, dtype: str, summed: float = 0.0) -> float:
+    """RMS error that `values` computed in `dtype` may have whatever the implementation; a noise floor is no lower.
+
+    Storing them: u * rms / sqrt(3), errors uniform within half a spacing. Summing in float32 one after another before
+    that: `summed` = K * PRODUCT_VARIANCE or NORM_VARIANCE. A reference that sums in a tree does better, which obliges
+    nobody.
     """
     size = float(np.sqrt(np.mean(np.square(np.asarray(values, dtype=np.float64)))))
-    return size * (UNIT_ROUNDOFF[dtype] ** 2 / 3 + UNIT_ROUNDOFF["float32"] ** 2 * norm_over / 36) ** 0.5
+    return size * (UNIT_ROUNDOFF[dtype] ** 2 / 3 + UNIT_ROUNDOFF["float32"] ** 2 * summed) ** 0.5
