@@ -35,7 +35,14 @@ def layouts() -> list[Row]:
     ]
 
 
-LISTS: dict[str, Callable[[], list[Row]]] = {"architectures": architectures, "layouts": layouts}
+def recipes() -> list[Row]:
+    """Built-in quantization recipes."""
+    from isomorph.quantize.named import RECIPES
+
+    return [{"name": recipe.name, "description": recipe.description} for recipe in RECIPES.values()]
+
+
+LISTS: dict[str, Callable[[], list[Row]]] = {"architectures": architectures, "layouts": layouts, "recipes": recipes}
 
 
 def catalogue(what: str) -> list[Row]:

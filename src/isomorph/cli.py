@@ -137,6 +137,53 @@ def convert_command(
 # --- quantize --------------------------------------------------------------------------------------------------------
 
 
+@app.command("quantize")
+def quantize_command(
+    source: str,
+    target: str,
+    bits: Annotated[int | None, typer.Option(help="2, 3, 4, 5, 6 or 8; default 4, or the recipe's.")] = None,
+    group_size: Annotated[int | None, typer.Option(help="32, 64 or 128; default 64, or the mode's.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="One of `isomorph list recipes`, or a .toml file.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="'PATTERN=BITS' for a role or modules: 'blocks.14.*=8', 'head=6/32', 'embed=keep'."),
+    ] = None,
+    mode: Annotated[str | None, typer.Option(help="affine (default), mxfp4, mxfp8 or nvfp4.")] = None,
+    method: Annotated[str, typer.Option(help="How codes are chosen: affine, to the nearest.")] = "affine",
+    layout: Annotated[str | None, typer.Option(help="One of the architecture's MLX layouts.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Cast first to bfloat16, float16 or float32.")] = None,
+    requantize: Annotated[bool, typer.Option("--requantize", help="Accept a source that is quantized.")] = False,
+    config: ConfigFile = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Write a model with quantized weights in MLX's format; repeat an interrupted run to go on."""
+    from isomorph.quantize.report import lines
+    from isomorph.quantize.write import quantize
+
+    result = quantize(
+        source,
+        target,
+        bits,
+        group_size,
+        method,
+        recipe,
+        mode=mode,
+        overrides=overrides or (),
+        layout=layout,
+        dtype=dtype,
+        config=config,
+        requantize=requantize,
+        force=force,
+        dry_run=dry_run,
+    )
+    for line in lines(result):
+        say(line)
+    if as_json:
+        print_json(result)
+
+
 # --- verify ----------------------------------------------------------------------------------------------------------
 
 

@@ -150,7 +150,8 @@ def own_plan(
     reading = port.read(checkpoint, architecture, config=parsed, dtype=dtype, dequantize=dequantize)
     tensors = list(reading.into(target, dtype))
     files: dict[str, Content] = {name: _beside(architecture, name) for name in target.files}
-    files |= reading.sidecars(target, dtype)
+    if checkpoint.kind != "config":
+        files |= reading.sidecars(target, dtype)
     kept = {key: value for key, value in (checkpoint.config or {}).items() if key not in LAYOUT_KEYS}
     if not reading.packed:
         kept = {key: value for key, value in kept.items() if key not in QUANTIZATION_KEYS}

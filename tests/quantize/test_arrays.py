@@ -7,17 +7,17 @@ import re
 import ml_dtypes
 import numpy as np
 import pytest
-from quantize import reference
 
 from isomorph.errors import InputError
 from isomorph.quantize.arrays import Loss, Packed, dequantize_array, quantize_array
 from isomorph.quantize.packing import BITS, pack, unpack
 from isomorph.quantize.settings import MODES, Settings
+from quantize import reference
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 AFFINE = [Settings(bits, size) for bits in BITS for size in (32, 64, 128)]
 MICROSCALED = [Settings.of(mode=mode) for mode in MODES if mode != "affine"]
-KINDS = "normal scales huge tiny coarse one_signed constant zero powers offset".split()
+KINDS = ["normal", "scales", "huge", "tiny", "coarse", "one_signed", "constant", "zero", "powers", "offset"]
 
 
 def weights(kind: str, dtype: str, rows: int = 12, columns: int = 256, seed: int = 0) -> np.ndarray:

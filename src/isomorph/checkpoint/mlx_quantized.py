@@ -137,11 +137,11 @@ def parse_quantization(quantization: Mapping[str, Any]) -> tuple[Settings, dict[
     general = {key: value for key, value in quantization.items() if key in ("bits", "group_size", "mode")}
     if "bits" not in general or "group_size" not in general:
         raise InputError("expected bits and group_size under 'quantization' in config.json; found neither; add them")
-    default = _settings(general, None, "quantization")
+    default = _settings(general, "quantization")
     own: dict[str, Settings | None] = {}
     for path, value in quantization.items():
         if isinstance(value, Mapping):
-            own[path] = _settings(value, default, path)
+            own[path] = _settings(value, path)
         elif value is False:
             own[path] = None
         elif value is True:
@@ -149,9 +149,9 @@ def parse_quantization(quantization: Mapping[str, Any]) -> tuple[Settings, dict[
     return default, own
 
 
-def _settings(values: Mapping[str, Any], default: Settings | None, where: str) -> Settings:
+def _settings(values: Mapping[str, Any], where: str) -> Settings:
     try:
-        return Settings.from_dict(values, default)
+        return Settings.from_config(values)
     except InputError as error:
         raise InputError(f"config.json, quantization of {where!r}: {error}; correct it") from None
 

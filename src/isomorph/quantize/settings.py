@@ -73,11 +73,22 @@ class Settings:
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], default: Settings | None = None) -> Settings:
-        """Parse an entry of config.json; keys that are missing come from `default`, or from the mode's defaults."""
-        if unknown := sorted(set(values) - {"bits", "group_size", "mode"}):
-            raise InputError(f"expected bits, group_size and mode as quantization settings; found {unknown[0]!r}")
-        mode = values.get("mode", default.mode if default else "affine")
-        if default is not None and mode == default.mode:
-            return cls(values.get("bits", default.bits), values.get("group_size", default.group_size), mode)
-        return cls.of(values.get("bits"), values.get("group_size"), mode)
+    def from_config(cls, entry: Mapping[str, Any]) -> Settings:
+        """Parse an entry of config.json; what it leaves out is what mlx-lm takes: affine, and the mode's defaults."""
+        return cls.of(*_known(entry))
+
+    def changed(self, values: Mapping[str, Any]) -> Settings:
+        """These settings with some replaced; affine, where the mode does not have the bits or group size asked for."""
+        bits, group_size, mode = _known({"mode": None, **values})
+        if mode is None:
+            fits = bits in (None, *MODES[self.mode][2]) and group_size in (None, *MODES[self.mode][3])
+            mode = self.mode if fits else "affine"
+        if mode != self.mode:
+            return Settings.of(bits, group_size, mode)
+        return Settings.of(bits or self.bits, group_size or self.group_size, mode)
+
+
+def _known(values: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    if unknown := sorted(set(values) - {"bits", "group_size", "mode"}):
+        raise InputError(f"expected bits, group_size and mode as quantization settings; found {unknown[0]!r}")
+    return values.get("bits"), values.get("group_size"), values.get("mode", "affine")
