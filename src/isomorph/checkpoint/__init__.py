@@ -1,6 +1,6 @@
 """Reading and writing checkpoints as streams of lazily named tensors, so that memory is bounded by the largest one."""
 
-from isomorph.checkpoint.container import safetensors_files, torch_file
+from isomorph.checkpoint.container import safetensors_files, torch_container
 from isomorph.checkpoint.source import Checkpoint, open_checkpoint
 from isomorph.checkpoint.target import check_target
 from isomorph.checkpoint.tensor import NUMPY_DTYPES, Tensor, from_array
@@ -15,6 +15,6 @@ __all__ = [
     "from_array",
     "open_checkpoint",
     "safetensors_files",
-    "torch_file",
+    "torch_container",
     "write_folder",
 ]

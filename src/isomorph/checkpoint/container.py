@@ -89,7 +89,7 @@ def _safetensors_file(name: str, tensors: Sequence[Tensor], metadata: Mapping[st
     return Container(name, list(zip(ends, tensors)), lambda checksums: iter([(0, header)]), ends[-1])
 
 
-def torch_file(name: str, tensors: Iterable[Tensor]) -> Container:
+def torch_container(name: str, tensors: Iterable[Tensor]) -> Container:
     """`tensors` as `torch.save({"model_state_dict": ...}, name)` would write them: a zip of a pickle and raw values."""
     tensors = list(tensors)
     entries: list[tuple[str, bytes | Tensor]] = [("data.pkl", _pickle(tensors)), ("byteorder", b"little")]

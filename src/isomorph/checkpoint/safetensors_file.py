@@ -164,7 +164,7 @@ def _entry(path: Path, name: str, entry: Any) -> _Entry:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _damaged(path, f"dtype, shape and data_offsets of {name!r}", "something else")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise InputError(f"expected a dtype of {', '.join(DTYPES)}; found {dtype!r} of {name!r} in {path}; {REPAIR}")
     whole = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
     if not whole or not all(type(value) is int and 0 <= value < 2**63 for value in [*shape, *offsets]):

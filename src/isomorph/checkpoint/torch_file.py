@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -44,10 +45,11 @@ def read_torch(path: Path) -> dict[str, Tensor]:
             warnings.simplefilter("ignore")
             document = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except UnpicklingError as error:
-        reason = "it asks to run code" if "Unsupported global" in str(error) else "it is damaged or not a torch file"
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it asks to run code ({code[1]})" if code else "it is damaged or not a torch file"
         raise InputError(
-            f"expected a torch file of plain tensors; found {path}, refused unread because {reason}; "
-            "save its state_dict alone with torch.save"
+            f"expected a torch file of plain tensors; found {path}, refused because {reason}; "
+            "save the model's state_dict alone with torch.save"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
         detail = (str(error).splitlines() or [type(error).__name__])[0]

@@ -48,7 +48,7 @@ def write_folder(
     disk is full; then, as after any error, nothing is left behind. After Ctrl-C the unfinished folder stays, hidden.
     """
     for name in (*(file.name for file in weights), *files):
-        if Path(name).name != name or name.startswith("..") or "\\" in name:
+        if not name or Path(name).name != name or name == ".." or "\\" in name:
             raise ValueError(f"expected plain file names, found {name!r}")
     total = sum(file.nbytes for file in weights)
     if len(weights) > 1:
@@ -57,7 +57,8 @@ def write_folder(
     with _disk_errors(target, total), _claimed(partial) as journal:
         finished = _resumed(journal, partial, _fingerprint(weights, files, inputs))
         try:
-            present = sum(512 * file.stat().st_blocks for file in partial.iterdir())
+            # What an earlier run wrote takes no new room; the files have holes where it wrote nothing.
+            present = sum(512 * path.stat().st_blocks for path in partial.iterdir() if path.name != JOURNAL)
             check_free_space(target, total - present)
             with progress(description, total, unit="bytes") as advance:
                 for file in weights:
