@@ -171,8 +171,8 @@ def test_lines_from_a_pipe_are_answered_without_prompts():
 def test_where_a_prompt_comes_from(monkeypatch):
     assert read_prompt("text", None) == "text"
     assert read_prompt(None, "1, 2,3") == read_prompt(None, "[1 2 3]") == [1, 2, 3]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe\n"))
-    assert read_prompt(None, None) == "from a pipe\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("from a\npipe\n"))
+    assert read_prompt(None, None) == "from a\npipe"
     for text, ids, message in (("a", "1", "one prompt"), (None, "1,x", "whole numbers"), (None, "", "whole numbers")):
         with pytest.raises(InputError, match=message):
             read_prompt(text, ids)

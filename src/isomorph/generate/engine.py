@@ -24,8 +24,8 @@ class Generation:
 
     `token_ids` are the new ones, a stop token included; `text` is theirs without special tokens and cut at a stop
     string ("" when the model has no tokenizer). `finish_reason` is `stop`, or `length` when `max_tokens` or the context
-    was used up, or `interrupted`. Speeds are tokens per second: of the prompt until its last token was read, of the
-    answer from its first token on (None for a single token). Rows of a batch share the clock.
+    was used up, or `interrupted`. Speeds are tokens per second: of the prompt, as far as it was not held already, until
+    the first token of the answer; of the answer from there on (None for a single token). Rows of a batch share the clock.
     """
 
     text: str
@@ -49,11 +49,13 @@ class Row:
     answer: AnswerText | None
     tokens: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    _held: int = 0
     _pieces: list[str] = field(default_factory=list)
     _times: list[float] = field(default_factory=list)
 
-    def start(self) -> None:
-        """Start the clock."""
+    def start(self, held: int) -> None:
+        """Start the clock; `held` tokens of the prompt need not be read."""
+        self._held = held
         self._times = [time.perf_counter()]
 
     def accept(self, logits: np.ndarray) -> None:
@@ -101,7 +103,7 @@ class Row:
             prompt_tokens=len(self.prompt),
             generation_tokens=len(self.tokens),
             time_to_first_token_seconds=first - started,
-            prompt_tokens_per_second=len(self.prompt) / max(first - started, 1e-9),
+            prompt_tokens_per_second=(len(self.prompt) - self._held) / max(first - started, 1e-9),
             generation_tokens_per_second=steps / max(last - first, 1e-9) if steps > 0 else None,
         )
 
@@ -141,7 +143,7 @@ def decode(rows: Sequence[Row], state: DecodeState, held: int = 0) -> Iterator[N
     ids = np.zeros((len(rows), longest), dtype=np.int64)
     for index, row in enumerate(rows):
         ids[index, longest - len(row.prompt) :] = row.prompt
-        row.start()
+        row.start(held)
     # All padding must lie in the first feed, and every row needs a real token there.
     first = max(PREFILL_CHUNK, longest - min(len(row.prompt) for row in rows) + 1)
     while held < longest:

@@ -33,7 +33,8 @@ def read_prompt(text: str | None, ids: str | None) -> str | list[int]:
         if sys.stdin is None or sys.stdin.isatty():
             raise InputError("expected a prompt; found none; give --prompt TEXT or --ids 1,2,3, or pipe text in")
         _tolerate_any_text()
-        text = sys.stdin.read()
+        # What `echo` adds is not meant.
+        text = sys.stdin.read().removesuffix("\n")
     return text
 
 
