@@ -87,12 +87,12 @@ def encode(tokenizer: Any, text: str) -> Stream:
     """Token ids of `text` without added special tokens, and the bytes they cover."""
     sha256 = hashlib.sha256(text.encode()).hexdigest()
     if getattr(tokenizer, "is_fast", False):
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        encoded = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
         # Characters to bytes once, then look up; tokens inside one character share its end.
         widths = np.array([len(character.encode()) for character in text], dtype=np.int64)
         ends = np.concatenate(([0], widths.cumsum()))[[end for _, end in encoded["offset_mapping"]]]
         return Stream(np.asarray(encoded["input_ids"], dtype=np.int64), np.maximum.accumulate(ends), sha256)
-    encoded = tokenizer(text, add_special_tokens=False)
+    encoded = tokenizer(text, add_special_tokens=False, verbose=False)
     return Stream(np.asarray(encoded["input_ids"], dtype=np.int64), None, sha256)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from isomorph.errors import InputError
+from isomorph.evaluate.protocols import encode
 
 if TYPE_CHECKING:
     from isomorph.frameworks.model import Model
@@ -53,7 +54,7 @@ def make_prompt(model: Model, text: Any = None, tokens: int = TOKENS, seed: int 
         from isomorph import pocket
 
         text, origin = pocket.heldout_text(), "held-out excerpt shipped with isomorph"
-    ids = np.asarray(model.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)[:tokens]
+    ids = encode(model.tokenizer, text).ids[:tokens]
     if ids.size < 2:
         raise InputError(f"expected a text of at least 2 tokens; found {ids.size}; give a longer text")
     width = min(ids.size, model.max_positions)
