@@ -42,7 +42,19 @@ def recipes() -> list[Row]:
     return [{"name": recipe.name, "description": recipe.description} for recipe in RECIPES.values()]
 
 
-LISTS: dict[str, Callable[[], list[Row]]] = {"architectures": architectures, "layouts": layouts, "recipes": recipes}
+def protocols() -> list[Row]:
+    """Evaluation protocols."""
+    from isomorph.evaluate import PROTOCOLS
+
+    return [{"name": protocol.name, "description": protocol.description} for protocol in PROTOCOLS.values()]
+
+
+LISTS: dict[str, Callable[[], list[Row]]] = {
+    "architectures": architectures,
+    "layouts": layouts,
+    "protocols": protocols,
+    "recipes": recipes,
+}
 
 
 def catalogue(what: str) -> list[Row]:

@@ -62,10 +62,10 @@ def show(title: str, rows: dict[str, str]) -> None:
 
 @app.command("list")
 def list_command(
-    what: Annotated[str, typer.Argument(help="architectures or layouts.")] = "architectures",
+    what: Annotated[str, typer.Argument(help="architectures, layouts, protocols or recipes.")] = "architectures",
     as_json: Json = False,
 ) -> None:
-    """List what isomorph has: architectures, layouts."""
+    """List what isomorph has: architectures, layouts, protocols, recipes."""
     from isomorph.catalogue import catalogue
 
     rows = catalogue(what)
@@ -187,7 +187,159 @@ def quantize_command(
 # --- verify ----------------------------------------------------------------------------------------------------------
 
 
+@app.command("verify")
+def verify_command(
+    reference: str,
+    candidate: str,
+    reference_framework: Framework = "torch",
+    candidate_framework: Annotated[str | None, typer.Option(help="Default: the one its files are for.")] = None,
+    reference_dtype: Annotated[str | None, typer.Option(help="Which run of the reference figures are against.")] = None,
+    candidate_dtype: Dtype = None,
+    text: Annotated[Path | None, typer.Option(help="A text file to compare on; default: the shipped excerpt.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to compare.")] = 512,
+    greedy_tokens: Annotated[int, typer.Option(help="Tokens to generate greedily.")] = 256,
+    seed: Annotated[int, typer.Option(help="Seed of the ids for a model without tokenizer.")] = 0,
+    report: Annotated[Path | None, typer.Option(help="A folder for report.md, report.json and plots.")] = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Prove that two models are the same, measured against the reference's own rounding noise."""
+    from isomorph.progress import progress
+    from isomorph.verify import verify
+    from isomorph.verify.terminal import print_certificate
+
+    with progress("verify", None, "runs") as advance:
+        certificate = verify(
+            reference,
+            candidate,
+            reference_framework,
+            candidate_framework,
+            reference_dtype,
+            candidate_dtype,
+            text=None if text is None else read_text(text),
+            tokens=tokens,
+            greedy_tokens=greedy_tokens,
+            seed=seed,
+            report=report,
+            trust_remote_code=trust_remote_code,
+            say=lambda what: advance(1, what),
+        )
+    print_certificate(certificate)
+    if report is not None:
+        say(f"report: {report / 'report.md'}")
+    if as_json:
+        print_json(certificate.to_json())
+    if not certificate:
+        raise typer.Exit(1)
+
+
 # --- evaluate --------------------------------------------------------------------------------------------------------
+
+
+evaluate_app = typer.Typer(
+    name="evaluate",
+    help="Perplexity, divergence from a reference, and what a long greedy run does.",
+    rich_markup_mode=None,
+)
+app.add_typer(evaluate_app)
+
+Text = Annotated[Path | None, typer.Option("--text", help="A text file; default: the held-out excerpt shipped.")]
+Protocol = Annotated[str, typer.Option(help="One of `isomorph list protocols`.")]
+Window = Annotated[int | None, typer.Option(help="Tokens seen at a time; cut to the context.")]
+Stride = Annotated[int | None, typer.Option(help="Tokens from one window to the next.")]
+Limit = Annotated[int | None, typer.Option(help="Score only so many tokens of the text.")]
+
+
+@evaluate_app.command("perplexity")
+def evaluate_perplexity(
+    model: str,
+    framework: Framework = "torch",
+    dtype: Dtype = None,
+    text: Text = None,
+    protocol: Protocol = "windowed",
+    window: Window = None,
+    stride: Stride = None,
+    limit: Limit = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Perplexity of a text with its interval, and bits per byte."""
+    from isomorph import evaluate, load
+    from isomorph.progress import progress
+
+    loaded = load(model, framework=framework, dtype=dtype, trust_remote_code=trust_remote_code)
+    with progress("perplexity", limit, "tokens") as advance:
+        record = evaluate.perplexity(loaded, read_text(text), protocol, window, stride, limit, advance)
+    print_record(record, as_json)
+
+
+@evaluate_app.command("divergence")
+def evaluate_divergence(
+    model: str,
+    reference: Annotated[str, typer.Option(help="The model to diverge from.")],
+    framework: Framework = "torch",
+    reference_framework: Framework = "torch",
+    dtype: Dtype = None,
+    reference_dtype: Dtype = None,
+    text: Text = None,
+    protocol: Protocol = "windowed",
+    window: Window = None,
+    stride: Stride = None,
+    limit: Limit = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """KL from a reference, and how often the most likely token is the same."""
+    from isomorph import evaluate, load
+    from isomorph.progress import progress
+
+    theirs = load(reference, reference_framework, reference_dtype, trust_remote_code=trust_remote_code)
+    ours = load(model, framework, dtype, trust_remote_code=trust_remote_code)
+    with progress("divergence", limit, "tokens") as advance:
+        record = evaluate.divergence(theirs, ours, read_text(text), protocol, window, stride, limit, advance)
+    print_record(record, as_json)
+
+
+@evaluate_app.command("degeneration")
+def evaluate_degeneration(
+    model: str,
+    prompt: Annotated[str, typer.Option(help="What to continue greedily.")],
+    framework: Framework = "torch",
+    dtype: Dtype = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 512,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """A long greedy run: does it end, does it loop?"""
+    from isomorph import evaluate, load
+    from isomorph.progress import progress
+
+    loaded = load(model, framework=framework, dtype=dtype, trust_remote_code=trust_remote_code)
+    with progress("degeneration", max_tokens, "tokens") as advance:
+        record = evaluate.degeneration(loaded, prompt, max_tokens, advance)
+    print_record(record, as_json)
+
+
+def print_record(record: Any, as_json: bool) -> None:
+    """The results as a table on stderr; with `as_json` the whole record on stdout."""
+    results = {key: value for key, value in record.results.items() if key != "token_ids"}
+    rows = {key: f"{value:.6g}" if isinstance(value, float) else str(value) for key, value in results.items()}
+    show(record.kind, {**rows, "fingerprint": str(record.fingerprint)} if record.fingerprint else rows)
+    if as_json:
+        print_json(record.to_json())
+
+
+def read_text(path: Path | None) -> str:
+    """The file's text, or the held-out excerpt that is shipped. Raises InputError."""
+    if path is None:
+        from isomorph import pocket
+
+        return pocket.heldout_text()
+    try:
+        return path.expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise InputError(f"expected a text file at {path}; found that {reason}; give another --text") from None
 
 
 # --- generate --------------------------------------------------------------------------------------------------------
