@@ -31,8 +31,9 @@ def load(
 
     `dtype` is the compute dtype (`float32`, `bfloat16`, `float16`, in torch also `float64`; default: as stored).
     `tokenizer` is a folder or file to take the tokenizer from, or a tokenizer. `config` overrides or replaces
-    config.json. `rope_table_dtype` overrides how cos and sin are rounded. Architectures that are not ours load through Transformers (torch) or mlx-lm
-    (mlx); code that a repository ships runs only with `trust_remote_code`. Raises InputError.
+    config.json. `rope_table_dtype` overrides how cos and sin are rounded. Architectures that are not ours load through
+    Transformers (torch) or mlx-lm (mlx); code that a repository ships runs only with `trust_remote_code`.
+    Raises InputError.
     """
     if framework not in FRAMEWORKS:
         raise InputError(
