@@ -191,5 +191,6 @@ def _misshapen(reference: tuple[int, int], candidate: tuple[int, int]) -> Check:
 
 
 def _stop_ids(model: Model) -> set[int]:
-    end = getattr(model.tokenizer, "eos_token_id", None)
-    return set() if end is None else set(end if isinstance(end, (list, tuple)) else [end])
+    from isomorph.generate import stop_rules
+
+    return set(stop_rules(model).ids)
