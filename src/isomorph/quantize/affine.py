@@ -51,7 +51,9 @@ def decode(codes: np.ndarray, scales: np.ndarray, biases: np.ndarray) -> np.ndar
     As mx.dequantize: the product is rounded to the dtype, then the sum.
     """
     values = codes.astype(np.float32)
-    values *= scales.astype(np.float32)[:, None]
-    values = values.astype(scales.dtype).astype(np.float32)
-    values += biases.astype(np.float32)[:, None]
-    return values.astype(scales.dtype, copy=False)
+    # An infinite scale gives infinities and NaN, quietly, as in MLX; who reads a checkpoint checks its scales.
+    with np.errstate(over="ignore", invalid="ignore"):
+        values *= scales.astype(np.float32)[:, None]
+        values = values.astype(scales.dtype, copy=False).astype(np.float32, copy=False)
+        values += biases.astype(np.float32)[:, None]
+        return values.astype(scales.dtype, copy=False)
