@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import logging
 from pathlib import Path
@@ -14,6 +13,7 @@ from isomorph import architectures
 from isomorph.architectures.talkie import tokenizer as talkie
 from isomorph.errors import InputError
 from isomorph.tokenizer import copy_tokenizer, load_tokenizer
+from isomorph.train.vocabulary import save_vocabulary
 
 RANKS = [*(bytes([byte]) for byte in range(256)), b"th", b"the", b" the"]
 CONFIG = SimpleNamespace(vocab_size=len(RANKS) + 5, max_position_embeddings=64)
@@ -22,7 +22,7 @@ TALKIE = architectures.get("talkie")
 
 def write_vocabulary(folder: Path) -> Path:
     path = folder / "vocab.txt"
-    path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(RANKS)))
+    save_vocabulary(RANKS, path)
     return path
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import sys
@@ -12,6 +11,7 @@ import pytest
 
 from isomorph.architectures.talkie import tokenizer as talkie
 from isomorph.cli import run
+from isomorph.train.vocabulary import save_vocabulary
 from tiny import tiny_config, write_checkpoint
 
 RANKS = [*(bytes([byte]) for byte in range(256)), b"th", b"the", b" the", b"\n\n"]
@@ -25,7 +25,7 @@ def folder(tmp_path_factory) -> Path:
     write_checkpoint(base / "raw", config)
     model = write_checkpoint(base / "model", config)
     vocabulary = base / "vocab.txt"
-    vocabulary.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(RANKS)))
+    save_vocabulary(RANKS, vocabulary)
     talkie.write(vocabulary, model, len(RANKS) + 5)
     return model
 
