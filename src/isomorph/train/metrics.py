@@ -28,6 +28,12 @@ class MetricsLog:
         self.stage = stage
         self.stream = path.open("a", buffering=1)
 
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stream.close()
+
     def write(self, step: int, record: dict[str, Any]) -> None:
         self.stream.write(json.dumps({"stage": self.stage, "step": step, **record}) + "\n")
 

@@ -82,6 +82,7 @@ def run(
                 f"expected a sequence length of at most {parsed.max_position_embeddings} (max_position_embeddings); "
                 f"found {settings.sequence_length}"
             )
+    mesh = _mesh(model_parallel)
     files = text_files(data)
     tokenizer = architecture.module("tokenizer")
     specials: dict[str, int] = tokenizer.special_tokens(parsed.vocab_size, "instruct")
@@ -111,7 +112,7 @@ def run(
     make_model = partial(architecture.module("modeling_flax").Model, parsed)
     common: dict[str, Any] = {
         "evaluate": evaluate_on(text.sequence_length, rows=HELD_OUT_ROWS) if held_out else None,
-        "mesh": _mesh(model_parallel),
+        "mesh": mesh,
     }
     batches = windows(tokens, text.batch_size, text.sequence_length, text.seed)
     parameters = train(make_model, batches, text, out / "text", stage="text", **common)
@@ -162,9 +163,7 @@ def _mesh(model_parallel: int) -> Mesh | None:
     """Every device: `model_parallel` of them share a matrix, the rest share the batch. None on one device."""
     devices = np.array(jax.devices())
     if model_parallel < 1 or len(devices) % model_parallel:
-        raise InputError(
-            f"expected a number that divides the {len(devices)} devices; found --model-parallel {model_parallel}"
-        )
+        raise InputError(f"expected model_parallel to divide {len(devices)} devices; found {model_parallel}")
     return Mesh(devices.reshape(-1, model_parallel), ("data", "model")) if len(devices) > 1 else None
 
 

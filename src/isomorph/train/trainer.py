@@ -57,7 +57,7 @@ def make_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation, accu
             "step": state["step"] + 1,
             "smoothed_loss": smoothed,
         }
-        return state, loss, optax.global_norm(gradients)
+        return state, loss, optax.tree.norm(gradients)
 
     return jax.jit(step, donate_argnums=0)
 
@@ -87,59 +87,78 @@ def train(
     batch_sharding = None
     if mesh is not None:
         specs = partition_specs(model)
-        placed = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
-        parameters = jax.device_put(parameters, placed)
+        parameters = jax.device_put(parameters, {name: NamedSharding(mesh, spec) for name, spec in specs.items()})
         batch_sharding = NamedSharding(mesh, PartitionSpec("data"))
     schedule = warmup_cosine(
         settings.learning_rate, settings.steps, settings.warmup_steps, settings.final_learning_rate_fraction
     )
     optimizer = adamw(schedule, settings.beta1, settings.beta2, settings.weight_decay, settings.clip)
-    state: State = {
+    state = initial_state(parameters, optimizer)
+    step_once = make_step(graph, optimizer, settings.accumulate)
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+    with ocp.CheckpointManager((out / "checkpoints").resolve(), options=options) as checkpoints:
+        if checkpoints.latest_step() is not None:
+            state = checkpoints.restore(checkpoints.latest_step(), args=ocp.args.StandardRestore(state))
+        first = int(state["step"])
+        speed = Speed(first, settings.batch_size * settings.sequence_length)
+        with (
+            MetricsLog(out / "metrics.jsonl", stage, first) as log,
+            progress(stage, settings.steps, "steps") as advance,
+        ):
+            advance(first)
+            for done in range(first + 1, settings.steps + 1):
+                batch = batches(done - 1)
+                ids, weights = jax.device_put((batch.ids, batch.weights), batch_sharding)
+                state, loss, gradient_norm = step_once(state, ids, weights)
+                advance(1)
+                if _due(done, settings.log_every, settings):
+                    smoothed = _finite(float(state["smoothed_loss"]), done)
+                    measured = {"loss": float(loss), "smoothed_loss": smoothed, "gradient_norm": float(gradient_norm)}
+                    log.write(done, {**measured, "learning_rate": float(schedule(done - 1)), **speed.measure(done)})
+                    advance(0, f"{stage}  loss {smoothed:.3f}")
+                if evaluate is not None and _due(done, settings.evaluate_every, settings):
+                    log.write(done, evaluate(graph, state["parameters"]))
+                    speed.restart(done)
+                if _due(done, settings.checkpoint_every, settings):
+                    checkpoints.save(done, args=ocp.args.StandardSave(state))
+                    speed.restart(done)
+    return state["parameters"]
+
+
+def initial_state(parameters: Parameters, optimizer: optax.GradientTransformation) -> State:
+    """The state before the first step; the optimizer's part lies on devices as the parameters do."""
+    return {
         "parameters": parameters,
         "optimizer": jax.jit(optimizer.init)(parameters),
         "step": jnp.zeros((), jnp.int32),
         "smoothed_loss": jnp.zeros(()),
     }
-    with ocp.CheckpointManager(
-        (out / "checkpoints").resolve(),
-        options=ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False),
-    ) as checkpoints:
-        if checkpoints.latest_step() is not None:
-            state = checkpoints.restore(checkpoints.latest_step(), args=ocp.args.StandardRestore(state))
-        first = int(state["step"])
-        log = MetricsLog(out / "metrics.jsonl", stage, first)
-        step_once = make_step(graph, optimizer, settings.accumulate)
-        tokens_per_step = settings.batch_size * settings.sequence_length
-        with progress(stage, settings.steps, "steps") as advance:
-            advance(first)
-            started, since = time.perf_counter(), first
-            for step in range(first, settings.steps):
-                batch = batches(step)
-                ids, weights = jax.device_put((batch.ids, batch.weights), batch_sharding)
-                state, loss, gradient_norm = step_once(state, ids, weights)
-                done = step + 1
-                if done % settings.log_every == 0 or done == settings.steps:
-                    record = {
-                        "loss": float(loss),
-                        "smoothed_loss": float(state["smoothed_loss"]),
-                        "gradient_norm": float(gradient_norm),
-                        "learning_rate": float(schedule(step)),
-                        "tokens": done * tokens_per_step,
-                        "tokens_per_second": (done - since) * tokens_per_step / (time.perf_counter() - started),
-                    }
-                    if not np.isfinite(record["loss"]):
-                        raise InputError(
-                            f"expected a finite loss; found {record['loss']} at step {done}; "
-                            "lower --learning-rate and start again"
-                        )
-                    log.write(done, record)
-                    advance(0, f"{stage}  loss {record['smoothed_loss']:.3f}")
-                    started, since = time.perf_counter(), done
-                if evaluate is not None and (done % settings.evaluate_every == 0 or done == settings.steps):
-                    log.write(done, evaluate(graph, state["parameters"]))
-                    started, since = time.perf_counter(), done
-                if done % settings.checkpoint_every == 0 or done == settings.steps:
-                    checkpoints.save(done, args=ocp.args.StandardSave(state))
-                    started, since = time.perf_counter(), done
-                advance(1)
-    return state["parameters"]
+
+
+class Speed:
+    """Tokens seen, and tokens a second of training alone: a measurement or a checkpoint in between does not count."""
+
+    def __init__(self, step: int, tokens_per_step: int) -> None:
+        self.tokens_per_step = tokens_per_step
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        self.since, self.started = step, time.perf_counter()
+
+    def measure(self, step: int) -> dict[str, float]:
+        """`tokens` since step 0 and `tokens_per_second` since the last call or restart."""
+        per_second = (step - self.since) * self.tokens_per_step / (time.perf_counter() - self.started)
+        self.restart(step)
+        return {"tokens": step * self.tokens_per_step, "tokens_per_second": per_second}
+
+
+def _due(step: int, every: int, settings: Settings) -> bool:
+    return step % every == 0 or step == settings.steps
+
+
+def _finite(loss: float, step: int) -> float:
+    if not np.isfinite(loss):
+        raise InputError(
+            f"expected a finite loss; found {loss} at step {step}; lower the learning rate and start in another folder"
+        )
+    return loss
