@@ -96,17 +96,17 @@ def peak_anonymous_bytes(
     return int(before), int(peak)
 
 
-#: 335 MB of weights, a head of 67 MB: holding more than a few blocks shows.
+#: 218 MB of weights, a head of 67 MB: holding more than a few blocks shows.
 MIDDLING = {
     "vocab_size": 32768,
     "hidden_size": 1024,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 4,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 2,
     "num_attention_heads": 8,
     "head_dim": 128,
 }
 #: Blocks in flight, in several dtypes at once, whatever the size of the model.
-BOUND_BYTES = 150e6
+BOUND_BYTES = 80e6
 
 PUBLISHED = {
     "vocab_size": 65540,
@@ -120,7 +120,7 @@ PUBLISHED = {
 @LINUX
 @pytest.mark.parametrize(
     ("source", "target", "dtype"),
-    [("transformers", "mlx-folded", ""), ("original", "flax", ""), ("transformers", "original", "float32")],
+    [("transformers", "mlx-folded", ""), ("original", "flax", "float32")],
 )
 def test_the_peak_is_a_few_blocks(tmp_path: Path, source: str, target: str, dtype: str) -> None:
     model = sparse_checkpoint(tmp_path / "source", source, **MIDDLING)

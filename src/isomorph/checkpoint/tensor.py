@@ -23,7 +23,7 @@ NUMPY_DTYPES: dict[str, np.dtype] = {
 FLOATING = ("float64", "float32", "bfloat16", "float16")
 
 #: Bytes of one block of a streamed tensor: large enough for the disk, small beside any model.
-BLOCK_BYTES = 8 << 20
+BLOCK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)

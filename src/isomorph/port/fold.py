@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -115,7 +116,7 @@ class Sidecar:
 
     def restored(self, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         """The weight, block by block, from the folded one. Raises InputError when the file is not this weight's."""
-        with zipfile.ZipFile(self.path) as archive:
+        with self._open() as archive:
             codes = _ArrayStream(archive, "codes", self.path)
             exceptions = _ArrayStream(archive, "exceptions", self.path)
             pending = np.empty(0, np.uint8)
@@ -132,6 +133,10 @@ class Sidecar:
             if codes.left or exceptions.left:
                 raise self.foreign()
 
+    def _open(self) -> zipfile.ZipFile:
+        with _parsing(self.path):
+            return zipfile.ZipFile(self.path)
+
     def foreign(self) -> InputError:
         return InputError(
             f"expected {self.path} to belong to the weights beside it; found that it does not fit them; "
@@ -141,20 +146,25 @@ class Sidecar:
 
 def read_sidecar(path: Path) -> Sidecar:
     """Open a `*_fold.npz`. Raises InputError when it is damaged."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            gain_dtype, weight_dtype = str(file["gain_dtype"]), str(file["weight_dtype"])
-            bits = file["gain"]
+    with _parsing(path), np.load(path, allow_pickle=False) as file:
+        gain_dtype, weight_dtype = str(file["gain_dtype"]), str(file["weight_dtype"])
+        bits = file["gain"]
         if gain_dtype not in BITS or weight_dtype not in BITS or bits.dtype != BITS[gain_dtype] or bits.shape != (1,):
             raise ValueError("unknown dtypes")
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise damaged(path, error) from None
     return Sidecar(path, bits.view(NUMPY_DTYPES[gain_dtype]), weight_dtype)
 
 
-def damaged(path: Path, error: object) -> InputError:
-    """The error for a sidecar that cannot be read."""
-    return InputError(f"expected a sidecar written by convert; found {path}, damaged ({error}); convert again")
+@contextmanager
+def _parsing(path: Path) -> Iterator[None]:
+    """Turns whatever a parser says of damaged bytes into an InputError: zip, zlib and numpy share no exception."""
+    try:
+        yield
+    except Exception as error:
+        detail = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise InputError(
+            f"expected a sidecar written by convert; found {path}, damaged ({detail[0][:100]}); "
+            f"convert again, or remove {path.name} to convert with gain 1"
+        ) from None
 
 
 class _ArrayStream:
@@ -162,7 +172,7 @@ class _ArrayStream:
 
     def __init__(self, archive: zipfile.ZipFile, key: str, path: Path) -> None:
         self.path = path
-        try:
+        with _parsing(path):
             self.file: IO[bytes] = archive.open(f"{key}.npy")
             version = np.lib.format.read_magic(self.file)
             if version != (1, 0):
@@ -170,18 +180,14 @@ class _ArrayStream:
             shape, _, self.dtype = np.lib.format.read_array_header_1_0(self.file)
             if len(shape) != 1 or self.dtype.kind != "u":
                 raise ValueError(f"{key} of shape {shape} and {self.dtype}")
-        except (KeyError, ValueError, zipfile.BadZipFile) as error:
-            raise damaged(path, error) from None
         self.left = shape[0]
 
     def take(self, count: int) -> np.ndarray:
         """The next `count` elements."""
-        try:
+        with _parsing(self.path):
             data = self.file.read(count * self.dtype.itemsize)
-        except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
-            raise damaged(self.path, error) from None
-        if len(data) != count * self.dtype.itemsize:
-            raise damaged(self.path, "it ends early")
+            if len(data) != count * self.dtype.itemsize:
+                raise ValueError("it ends early")
         self.left -= count
         return np.frombuffer(data, self.dtype)
 
