@@ -6,6 +6,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,7 @@ from isomorph.quantize.named import RECIPES
 from isomorph.quantize.recipe import in_spread, read_recipe, set_rule
 from isomorph.quantize.roles import ROLES, block_of, stock_role
 from isomorph.quantize.settings import Settings
+from isomorph.quantize.stock import OWN_RULES, ROUTER_AT_EIGHT_BITS, default_recipe
 from isomorph.quantize.write import quantize
 
 #: The published Talkie 13B (facts of its config.json): 40 blocks of 7 matrices, an embedding and a head.
@@ -267,6 +269,23 @@ def test_mixed_recipes_choose_as_mlx_lm_does(name, layers):
         assert RECIPES[name].choose(path, stock_role(path), (64, 64), Settings(4, 64), layers).to_dict() == expected, (
             path
         )
+
+
+def test_models_that_keep_their_routers_at_eight_bits_are_mlx_lms():
+    """The table against the source text of the installed mlx-lm, where each model states its own predicate."""
+    models = Path(pytest.importorskip("mlx_lm.models").__path__[0])
+    stated = {
+        path.stem
+        for path in models.glob("*.py")
+        if (body := re.search(r"def quant_predicate\(self.*?\n        return predicate\n", path.read_text(), re.DOTALL))
+        and re.search(r"(gate|router|gate_proj|layer|proj)\".*\n?.*\{\"group_size\": 64, \"bits\": 8\}", body[0])
+    }
+    known = ROUTER_AT_EIGHT_BITS | set(OWN_RULES)
+    assert {"qwen3_moe", "gpt_oss", "minimax"} <= stated
+    assert stated <= known, stated - known
+    assert default_recipe("llama").rules == () and default_recipe("mixtral").rules == ()
+    settings = default_recipe("gpt_oss").choose("model.layers.3.mlp.router", "router", (32, 64), Settings(4, 32), 4)
+    assert settings == Settings(8, 64)
 
 
 def test_spread_is_not_all_blocks():

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from isomorph.quantize.recipe import Recipe, Rule
 
-#: Routers choose between experts, which is discrete: mlx-lm's models keep theirs at 8 bits whatever the rest gets.
-ROUTER = Rule({"bits": 8, "group_size": 64, "mode": "affine"}, roles=("router",))
+EIGHT_BITS = {"bits": 8, "group_size": 64, "mode": "affine"}
+
+#: Routers choose between experts, which is discrete: most of mlx-lm's models keep theirs at 8 bits.
+ROUTER = Rule(EIGHT_BITS, roles=("router",))
 
 
 def _mixed(name: str, low: int, high: int) -> Recipe:
@@ -28,9 +30,9 @@ def _mixed(name: str, low: int, high: int) -> Recipe:
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        Recipe("default", "every matrix alike, --bits and --group-size; routers 8-bit", rules=(ROUTER,)),
+        Recipe("default", "every matrix alike, by --bits and --group-size; as stock mlx-lm does it"),
         Recipe("q8", "8-bit", bits=8, rules=(ROUTER,)),
-        Recipe("q6", "6-bit", bits=6, rules=(ROUTER,)),
+        Recipe("q6", "6-bit; routers 8-bit", bits=6, rules=(ROUTER,)),
         Recipe("q4", "4-bit; routers 8-bit", bits=4, rules=(ROUTER,)),
         Recipe(
             "q4-mixed",

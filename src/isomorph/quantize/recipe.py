@@ -127,12 +127,10 @@ def in_blocks(choice: str, block: int | None, block_count: int) -> bool:
     return False
 
 
-def read_recipe(given: str | Path | Mapping[str, Any] | RecipeFunction | Recipe | None) -> Recipe:
+def read_recipe(given: str | Path | Mapping[str, Any] | RecipeFunction | Recipe) -> Recipe:
     """A recipe from a built-in name, a TOML file, a dictionary or a function. Raises InputError."""
     from isomorph.quantize.named import RECIPES
 
-    if given is None:
-        return RECIPES["default"]
     if isinstance(given, Recipe):
         return given
     if isinstance(given, Mapping):

@@ -25,6 +25,7 @@ from isomorph.quantize.plan import Plan, make_plan
 from isomorph.quantize.recipe import Recipe, RecipeFunction, read_recipe, set_rule
 from isomorph.quantize.roles import stock_role
 from isomorph.quantize.settings import Settings
+from isomorph.quantize.stock import default_recipe
 from isomorph.quantize.stream import QuantizedStream
 
 #: Ways to choose the codes. Modes (affine, mxfp4, ...) say how they are stored.
@@ -120,9 +121,12 @@ def quantize(
     """
     if method not in METHODS:
         raise InputError(f"expected a method of {', '.join(METHODS)}; found {method!r}{did_you_mean(method, METHODS)}")
-    chosen = replace(read_recipe(recipe), overrides=tuple(set_rule(text) for text in overrides))
-    default = Settings.of(bits or chosen.bits, group_size or chosen.group_size, mode or chosen.mode or "affine")
+    rules = tuple(set_rule(text) for text in overrides)
+    named = None if recipe is None else read_recipe(recipe)
     checkpoint = open_checkpoint(source, config=config)
+    model_type = str((checkpoint.config or {}).get("model_type"))
+    chosen = replace(named or default_recipe(model_type), overrides=rules)
+    default = Settings.of(bits or chosen.bits, group_size or chosen.group_size, mode or chosen.mode or "affine")
     destination = check_target(target, force or dry_run, [checkpoint.path])
     architecture = architectures.find(checkpoint)
     quantized_source = checkpoint.quantization is not None or is_quantized(checkpoint.tensors)
