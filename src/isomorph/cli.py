@@ -386,25 +386,24 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Answer or continue one prompt, streaming the text to stdout."""
+    from isomorph.generate import Options
     from isomorph.generate.terminal import answer, as_prompt, read_prompt, speeds
     from isomorph.load import load
 
     given = read_prompt(prompt, ids)
-    model = load(source, framework, dtype, device, tokenizer, trust_remote_code=trust_remote_code)
-    result = answer(
-        model,
-        as_prompt(model, given, system, chat),
-        show=not as_json,
+    options = Options(
+        temperature,
+        top_p,
+        top_k,
+        min_p,
+        repetition_penalty,
+        seed,
         max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
         stop=stop,
         max_kv_size=max_kv_size,
     )
+    model = load(source, framework, dtype, device, tokenizer, trust_remote_code=trust_remote_code)
+    result = answer(model, as_prompt(model, given, system, chat), show=not as_json, **vars(options))
     if verbose:
         say(speeds(result))
     if as_json:
@@ -435,24 +434,23 @@ def chat(
     verbose: Verbose = False,
 ) -> None:
     """Talk with a model: turns with history, /reset, /exit; Ctrl-C stops an answer."""
-    from isomorph.generate import Conversation
+    from isomorph.generate import Conversation, Options
     from isomorph.generate.terminal import chat_loop
     from isomorph.load import load
 
-    model = load(source, framework, dtype, device, tokenizer, trust_remote_code=trust_remote_code)
-    conversation = Conversation(
-        model,
-        system,
+    options = Options(
+        temperature,
+        top_p,
+        top_k,
+        min_p,
+        repetition_penalty,
+        seed,
         max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
         stop=stop,
         max_kv_size=max_kv_size,
     )
+    model = load(source, framework, dtype, device, tokenizer, trust_remote_code=trust_remote_code)
+    conversation = Conversation(model, system, **vars(options))
     chat_loop(conversation, verbose)
 
 

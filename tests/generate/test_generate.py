@@ -9,7 +9,7 @@ import pytest
 
 from fake_model import FakeModel, hashed_rule, scripted_rule, small_tokenizer
 from isomorph.errors import InputError
-from isomorph.generate import generate, stop_rules, stream
+from isomorph.generate import Options, generate, stop_rules, stream
 
 VOCABULARY = 275
 SAMPLED = {"temperature": 0.9, "top_p": 0.95, "repetition_penalty": 1.1, "seed": 5}
@@ -185,6 +185,12 @@ def test_impossible_options_are_refused(tokenizer, options):
         generate(model, [1], **options)
 
 
+def test_unknown_options_are_refused_by_name(model):
+    for ask in (generate, stream):
+        with pytest.raises(InputError, match=r"found 'temperture' .did you mean 'temperature'"):
+            ask(model, [1], temperture=1.0)
+
+
 @pytest.mark.parametrize("marker", ["<|endoftext|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"])
 def test_special_tokens_end_an_answer_and_are_not_shown(tokenizer, marker):
     token = tokenizer.convert_tokens_to_ids(marker)
@@ -241,7 +247,7 @@ def test_stop_ids_are_the_union_of_what_the_files_say(tokenizer, tmp_path):
     model.source = tmp_path
     assert stop_rules(model).ids == {7, 8, 9}
     model.tokenizer = tokenizer
-    rules = stop_rules(model, "halt")
+    rules = stop_rules(model, Options(stop="halt"))
     assert rules.ids == {7, 8, 9, 270, 271, 272, 273, 274}
     assert rules.strings == ("halt", "<|endoftext|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
     model.architecture = "llama"

@@ -10,6 +10,7 @@ from __future__ import annotations
 from isomorph.generate.answers import TextStream, generate, stream
 from isomorph.generate.conversation import Conversation
 from isomorph.generate.engine import Generation
+from isomorph.generate.options import Options
 from isomorph.generate.prompts import encode, encode_messages, has_chat_template
 from isomorph.generate.sampling import Sampling
 from isomorph.generate.stopping import StopRules, chat_markers, stop_rules
@@ -17,6 +18,7 @@ from isomorph.generate.stopping import StopRules, chat_markers, stop_rules
 __all__ = [
     "Conversation",
     "Generation",
+    "Options",
     "Sampling",
     "StopRules",
     "TextStream",

@@ -10,8 +10,9 @@ import numpy as np
 from isomorph.errors import InputError
 from isomorph.frameworks.model import Model
 from isomorph.generate.engine import Generation, Row, decode, new_state, room
+from isomorph.generate.options import Options
 from isomorph.generate.prompts import read_prompts
-from isomorph.generate.sampling import Sampling, samplers
+from isomorph.generate.sampling import samplers
 from isomorph.generate.stopping import stop_rules
 from isomorph.generate.text import AnswerText
 
@@ -30,8 +31,9 @@ def generate(model: Model, prompt: Any, **options: Any) -> Generation | list[Gen
 
     Rows of a batch may differ in length; each gets what it would get alone. Raises InputError.
     """
+    chosen = Options.of(options)
     prompts, batched = read_prompts(model, prompt)
-    rows = make_rows(model, prompts, **options)
+    rows = make_rows(model, prompts, chosen)
     for _ in decode(rows, new_state(model, rows)):
         pass
     results = [row.result() for row in rows]
@@ -43,41 +45,28 @@ def stream(model: Model, prompt: Any, **options: Any) -> TextStream:
 
     A piece never ends in half a character, nor in what may be the beginning of a stop string or a chat marker.
     """
+    chosen = Options.of(options)
     prompts, batched = read_prompts(model, prompt)
     if batched:
         raise InputError("expected one prompt to stream; found a list; use generate for a batch")
     if model.tokenizer is None:
         raise InputError("expected a tokenizer to stream text; the model has none; use generate, whose result has ids")
-    (row,) = make_rows(model, prompts, **options)
+    (row,) = make_rows(model, prompts, chosen)
     return TextStream(row, decode([row], new_state(model, [row])))
 
 
-def make_rows(
-    model: Model,
-    prompts: Sequence[np.ndarray],
-    *,
-    max_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    seed: int | None = None,
-    stop: str | Sequence[str] | None = None,
-    max_kv_size: int | None = None,
-) -> list[Row]:
-    """Rows ready for `decode`; the options are those of `generate`. Raises InputError for any that cannot be met."""
-    sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
-    rules = stop_rules(model, stop)
+def make_rows(model: Model, prompts: Sequence[np.ndarray], options: Options) -> list[Row]:
+    """Rows ready for `decode`. Raises InputError for options that this model cannot meet."""
+    rules = stop_rules(model, options)
     return [
         Row(
             prompt=prompt,
             sampler=sampler,
             rules=rules,
-            max_tokens=room(model, len(prompt), max_tokens, max_kv_size),
+            max_tokens=room(model, len(prompt), options),
             answer=None if model.tokenizer is None else AnswerText(model.tokenizer, rules.strings),
         )
-        for prompt, sampler in zip(prompts, samplers(sampling, prompts, model.vocab_size))
+        for prompt, sampler in zip(prompts, samplers(options, prompts, model.vocab_size))
     ]
 
 

@@ -11,6 +11,7 @@ from isomorph.errors import InputError
 from isomorph.frameworks.model import DecodeState, Model
 from isomorph.generate.answers import TextStream, make_rows
 from isomorph.generate.engine import Generation, decode
+from isomorph.generate.options import Options
 from isomorph.generate.prompts import encode_messages
 
 Message = dict[str, str]
@@ -31,7 +32,7 @@ class Conversation:
 
     def __init__(self, model: Model, system: str | None = None, **options: Any) -> None:
         self.model = model
-        self.options = options
+        self.options = Options.of(options)
         self.system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self.messages: list[Message] = []
         self.dropped = 0
@@ -40,7 +41,7 @@ class Conversation:
         self._capacity = 0
         # Refuses a model that cannot chat, and options it cannot meet, before anyone has typed anything.
         empty: list[Message] = [{"role": "user", "content": ""}]
-        make_rows(model, [encode_messages(model, [*self.system, *empty])], **options)
+        make_rows(model, [encode_messages(model, [*self.system, *empty])], self.options)
 
     def reset(self) -> None:
         """Forget every turn; the system message stays."""
@@ -52,7 +53,7 @@ class Conversation:
         Raises InputError when the message alone does not fit the context.
         """
         messages, prompt = self._fitted([*self.messages, {"role": "user", "content": text}])
-        (row,) = make_rows(self.model, [prompt], **self.options)
+        (row,) = make_rows(self.model, [prompt], self.options)
         state, held = self._prepared(prompt, row.max_tokens)
         # A feed that is cut short leaves a state unusable, so it is kept only when the stream has come to its end.
         self._state = None
@@ -65,11 +66,11 @@ class Conversation:
         return TextStream(row, decode([row], state, held), done)
 
     def _limit(self) -> int:
-        return min(self.model.max_positions, self.options.get("max_kv_size") or self.model.max_positions)
+        return self.options.limit(self.model.max_positions)
 
     def _fitted(self, messages: list[Message]) -> tuple[list[Message], np.ndarray]:
         """The latest turns that leave room for an answer, and their ids."""
-        wanted = min(self.options.get("max_tokens", 256), int(self._limit() * ANSWER_SHARE))
+        wanted = min(self.options.max_tokens, int(self._limit() * ANSWER_SHARE))
         self.dropped = 0
         while True:
             prompt = encode_messages(self.model, [*self.system, *messages])

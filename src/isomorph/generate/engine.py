@@ -10,6 +10,7 @@ import numpy as np
 
 from isomorph.errors import InputError
 from isomorph.frameworks.model import DecodeState, Model
+from isomorph.generate.options import Options
 from isomorph.generate.sampling import Sampler
 from isomorph.generate.stopping import StopRules
 from isomorph.generate.text import AnswerText
@@ -25,7 +26,7 @@ class Generation:
     `token_ids` are the new ones, a stop token included; `text` is theirs without special tokens and cut at a stop
     string ("" when the model has no tokenizer). `finish_reason` is `stop`, or `length` when `max_tokens` or the context
     was used up, or `interrupted`. Speeds are tokens per second: of the prompt, as far as it was not held already, until
-    the first token of the answer; of the answer from there on (None for a single token). Rows of a batch share the clock.
+    the answer's first token; of the answer from there on (None for a single token). Rows of a batch share the clock.
     """
 
     text: str
@@ -108,21 +109,18 @@ class Row:
         )
 
 
-def room(model: Model, prompt_tokens: int, max_tokens: int, max_kv_size: int | None) -> int:
-    """How many tokens an answer may have: `max_tokens`, or fewer where the context ends first.
+def room(model: Model, prompt_tokens: int, options: Options) -> int:
+    """How many tokens an answer may have: `max_tokens`, or fewer where the context or `max_kv_size` ends first.
 
-    `max_kv_size` is a shorter context: prompt and answer together never take more. Raises InputError when nothing fits.
+    Raises InputError when there is no room for any.
     """
-    for name, value in (("max_tokens", max_tokens), ("max_kv_size", max_kv_size)):
-        if value is not None and (not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1):
-            raise InputError(f"expected {name} to be a whole number from 1; found {value!r}")
-    limit = min(model.max_positions, max_kv_size or model.max_positions)
+    limit = options.limit(model.max_positions)
     if prompt_tokens >= limit:
         source = "max_kv_size" if limit < model.max_positions else "max_position_embeddings"
         raise InputError(
             f"expected a prompt of fewer than {limit} tokens ({source}); found {prompt_tokens}; shorten the prompt"
         )
-    return min(max_tokens, limit - prompt_tokens)
+    return min(options.max_tokens, limit - prompt_tokens)
 
 
 def new_state(model: Model, rows: Sequence[Row]) -> DecodeState:

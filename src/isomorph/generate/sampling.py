@@ -35,11 +35,11 @@ class Sampling:
 
         check("temperature", _is_number(self.temperature) and self.temperature >= 0, "at least 0 (0 is greedy)")
         check("top_p", _is_number(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1")
-        check("top_k", _is_integer(self.top_k) and self.top_k >= 0, "a whole number of tokens, 0 for no limit")
+        check("top_k", is_integer(self.top_k) and self.top_k >= 0, "a whole number of tokens, 0 for no limit")
         check("min_p", _is_number(self.min_p) and 0 <= self.min_p <= 1, "between 0 and 1")
         penalty = self.repetition_penalty
         check("repetition_penalty", _is_number(penalty) and penalty > 0, "above 0 (1 is none)")
-        check("seed", self.seed is None or (_is_integer(self.seed) and self.seed >= 0), "a whole number from 0")
+        check("seed", self.seed is None or (is_integer(self.seed) and self.seed >= 0), "a whole number from 0")
 
     def probabilities(self, logits: np.ndarray, seen: np.ndarray | None = None) -> np.ndarray:
         """The distribution that is drawn from: logits [V] -> float64 [V], summing to 1; `seen` bool [V].
@@ -126,5 +126,6 @@ def _is_number(value: Any) -> bool:
     )
 
 
-def _is_integer(value: Any) -> bool:
+def is_integer(value: Any) -> bool:
+    """Whether `value` is a whole number, and not a truth value."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)

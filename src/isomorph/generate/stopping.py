@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from isomorph.errors import InputError
 
 if TYPE_CHECKING:
     from isomorph.frameworks.model import Model
+    from isomorph.generate.options import Options
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,12 @@ class StopRules:
     strings: tuple[str, ...]
 
 
-def stop_rules(model: Model, stop: str | Sequence[str] | None = None) -> StopRules:
-    """The rules of `model`, with the caller's own `stop` strings.
+def stop_rules(model: Model, options: Options | None = None) -> StopRules:
+    """The rules of `model`, with the caller's own stop strings.
 
     Ids: `eos_token_id` of generation_config.json, of config.json and of the tokenizer (files disagree, and each alone
     has been wrong), and the special tokens by which our architectures mark turns. A marker that the model writes out as
-    plain text stops it too. Raises InputError for stop strings that cannot be met.
+    plain text stops it too. Raises InputError for stop strings without a tokenizer.
     """
     ids = {*_ids(getattr(model.config, "eos_token_id", None)), *_ids(getattr(model.tokenizer, "eos_token_id", None))}
     if model.source is not None:
@@ -36,7 +37,7 @@ def stop_rules(model: Model, stop: str | Sequence[str] | None = None) -> StopRul
             ids.update(_ids(_read(folder / name).get("eos_token_id")))
     markers = chat_markers(model)
     ids.update(markers.values())
-    strings = _strings(stop)
+    strings = options.stop_strings if options is not None else ()
     if strings and model.tokenizer is None:
         raise InputError(
             "expected no stop strings, because the model has no tokenizer; pass tokenizer= or leave out stop"
@@ -71,11 +72,3 @@ def _read(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"expected JSON in {path}; {error}; fetch the file again or remove it") from None
     return values if isinstance(values, dict) else {}
-
-
-def _strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
-    strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
-    for string in strings:
-        if not isinstance(string, str) or not string:
-            raise InputError(f"expected stop to be a string or a list of strings, none empty; found {string!r}")
-    return strings

@@ -16,6 +16,10 @@ from isomorph.generate.answers import TextStream, generate, stream
 from isomorph.generate.conversation import Conversation
 from isomorph.generate.engine import Generation
 from isomorph.generate.prompts import has_chat_template
+from isomorph.generate.text import REPLACEMENT
+
+#: Control characters other than tab and newline.
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 HELP = "/reset forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C stops an answer"
 
@@ -89,7 +93,7 @@ def chat_loop(conversation: Conversation, verbose: bool) -> None:
         _say(HELP)
     while True:
         try:
-            text = input("> " if terminal else "").strip()
+            text = input("> " if terminal and sys.stdout.isatty() else "").strip()
         except EOFError:
             break
         except KeyboardInterrupt:
@@ -147,7 +151,8 @@ def _stoppable(pieces: TextStream) -> Iterator[None]:
 def _show(pieces: TextStream) -> None:
     try:
         for piece in pieces:
-            sys.stdout.write(piece)
+            # A terminal obeys control characters; those of a model are not shown there.
+            sys.stdout.write(CONTROL.sub(REPLACEMENT, piece) if sys.stdout.isatty() else piece)
             sys.stdout.flush()
     finally:
         sys.stdout.write("\n")
