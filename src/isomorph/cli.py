@@ -392,12 +392,12 @@ def generate(
 
     given = read_prompt(prompt, ids)
     options = Options(
-        temperature,
-        top_p,
-        top_k,
-        min_p,
-        repetition_penalty,
-        seed,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
         max_tokens=max_tokens,
         stop=stop,
         max_kv_size=max_kv_size,
@@ -439,12 +439,12 @@ def chat(
     from isomorph.load import load
 
     options = Options(
-        temperature,
-        top_p,
-        top_k,
-        min_p,
-        repetition_penalty,
-        seed,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
         max_tokens=max_tokens,
         stop=stop,
         max_kv_size=max_kv_size,
