@@ -67,6 +67,17 @@ def config_of(checkpoint: Checkpoint) -> dict[str, Any]:
     return checkpoint.config
 
 
+def test_an_original_file_goes_by_the_config_beside_it(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    torch.save({"a": torch.ones(2)}, tmp_path / "x.pt")
+    assert open_checkpoint(tmp_path / "x.pt").config is None
+    assert open_checkpoint(tmp_path / "x.pt", config={"rope_theta": 7.0}).overrides == {"rope_theta": 7.0}
+    (tmp_path / "config.json").write_text('{"model_type": "talkie", "rope_theta": 5.0}')
+    for source in (tmp_path / "x.pt", tmp_path):
+        assert config_of(open_checkpoint(source))["rope_theta"] == 5.0
+        assert config_of(open_checkpoint(source, config={"rope_theta": 7.0}))["rope_theta"] == 7.0
+
+
 INDEX_FAULTS = {
     "file outside the folder": (lambda m: m.update(t0="../model-00001-of-00002.safetensors"), "same folder"),
     "absolute path": (lambda m: m.update(t0="/etc/passwd.safetensors"), "same folder"),
@@ -139,6 +150,13 @@ def test_names_that_are_neither_path_nor_hub_id(tmp_path: Path, name: str, monke
     assert not is_hub_id(name)
     with pytest.raises(InputError, match="found no"):
         open_checkpoint(name)
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a\0b"])
+def test_names_that_no_file_system_takes(name: str) -> None:
+    with pytest.raises(InputError) as caught:
+        open_checkpoint(name)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_hub_id_out_of_reach_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
