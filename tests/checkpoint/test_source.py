@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,7 @@ def test_names_that_are_neither_path_nor_hub_id(tmp_path: Path, name: str, monke
         open_checkpoint(name)
 
 
-@pytest.mark.parametrize("name", ["a" * 5000, "a\0b"])
+@pytest.mark.parametrize("name", ["a" * 5000, "a\0b", "a--b/c", "a/b..c"])
 def test_names_that_no_file_system_takes(name: str) -> None:
     with pytest.raises(InputError) as caught:
         open_checkpoint(name)
@@ -188,3 +189,11 @@ def test_a_cached_hub_id_is_opened_offline(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "model.safetensors").unlink()
     assert open_checkpoint("someone/model").kind == "config"
     assert any("*.ckpt" in patterns for _, patterns in asked[1:])
+
+
+def test_the_documented_example_runs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "docs/checkpoints.md", "exec"), {})
