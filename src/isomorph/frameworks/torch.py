@@ -83,7 +83,9 @@ def own_model(architecture: Architecture, checkpoint: Checkpoint, config: Any, d
         if name.startswith(architecture.native[FRAMEWORK])
         and all(getattr(config, key) == value for key, value in entry.config.items())
     )
-    tensors = list(mapped(checkpoint, architecture, layout, config=config))
+    # What is dequantized for a wide dtype is not rounded to a narrow one first; MLX does not either.
+    wide = "float32" if checkpoint.quantization is not None and dtype in ("float32", "float64") else None
+    tensors = list(mapped(checkpoint, architecture, layout, config=config, dtype=wide))
     target = getattr(torch, dtype or main_dtype(tensors))
     values = {key: value for key, value in config.to_dict().items() if key != "model_type"}
     model_class = getattr(file, config_name.removesuffix("Config") + "ForCausalLM")
