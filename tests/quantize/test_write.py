@@ -314,6 +314,20 @@ def test_dequantized_values_are_the_codes_values(talkie, tmp_path):
         assert floats[f"{path}.weight"].tobytes() == module.dequantized().read().tobytes(), path
 
 
+def test_dequantizing_a_stock_model(tmp_path):
+    """An MLX-quantized llama becomes floats under the same names, so Transformers has it again."""
+    source = write_llama(tmp_path / "llama")
+    quantize(source, tmp_path / "q4", bits=4, group_size=32, overrides=["o=mxfp4"])
+    convert(tmp_path / "q4", tmp_path / "floats", dequantize=True)
+    own = tensors_of(tmp_path / "floats")
+    modules = quantized_modules(open_checkpoint(tmp_path / "q4").tensors, config_of(tmp_path / "q4")["quantization"])
+    before = {name: value for name, value in tensors_of(source).items() if "inv_freq" not in name}
+    assert {name: value.shape for name, value in own.items()} == {name: value.shape for name, value in before.items()}
+    for path, module in modules.items():
+        assert own[f"{path}.weight"].tobytes() == module.dequantized().read().tobytes()
+    assert "quantization" not in config_of(tmp_path / "floats")
+
+
 def test_weights_that_cannot_be_quantized_leave_nothing_behind(tmp_path):
     source = write_checkpoint(tmp_path / "source", tiny_config(**WIDTHS))
     values = dict(tensors_of(source))
