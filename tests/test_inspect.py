@@ -63,6 +63,7 @@ def test_every_layout_is_told(tmp_path: Path, layout: str) -> None:
     }[layout]
     for library, how in zip(("transformers", "mlx-lm"), expected):
         assert found.loads[library].startswith(how), found.loads
+    assert found.loads["vllm"].startswith("with" if layout == "transformers-folded" else "no")
     assert found.stored_dtypes == {"float32": found.payload_bytes}
     assert len(summary(found)) >= 7
 

@@ -149,7 +149,7 @@ def _loads(checkpoint: Checkpoint, layout: port.Layout) -> dict[str, str]:
     loads = {"isomorph": ", ".join(FRAMEWORKS)}
     config = checkpoint.config or {}
     for library, how in layout.loads.items():
-        code = {"transformers": "auto_map", "mlx-lm": "model_file"}[library]
+        code = "model_file" if library == "mlx-lm" else "auto_map"
         # The layout relies on code that ships with the folder: is it there?
         missing = [name for name in _code_files(config.get(code)) if not (checkpoint.folder / name).is_file()]
         if code in layout.keys and code not in config:
