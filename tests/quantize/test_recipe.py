@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import re
@@ -12,6 +14,7 @@ import pytest
 
 from isomorph.architectures.talkie.recipe import role as talkie_role
 from isomorph.catalogue import catalogue
+from isomorph.cli import run
 from isomorph.errors import InputError
 from isomorph.quantize.named import RECIPES
 from isomorph.quantize.recipe import in_spread, read_recipe, set_rule
@@ -158,6 +161,25 @@ def test_overrides_apply_to_functions_too(talkie, tmp_path):
     )
     assert {module.bits for module in result.plan if ".14." in module.path} == {8}
     assert {module.bits for module in result.plan if ".14." not in module.path} == {3}
+
+
+def test_the_documented_recipe(talkie, tmp_path):
+    page = Path(__file__).resolve().parents[2] / "docs" / "quantize.md"
+    document = page.read_text()
+    (tmp_path / "page.toml").write_text(re.search(r"```toml\n(.*?)```", document, re.DOTALL)[1])
+    result = quantize(talkie, tmp_path / "target", recipe=tmp_path / "page.toml", dry_run=True)
+    found = {module.path: (module.bits, module.group_size) for module in result.plan}
+    assert found["model.embed"] == (None, None) and found["lm_head"] == (8, 64)
+    assert found["model.blocks.14.mlp.mlp_gate"] == (8, 32)
+    six = [path for path, settings in found.items() if settings == (6, 64)]
+    assert [block_of(path) for path in six if path.endswith("attn_value")] == [0, 1, 38, 39]
+    assert len(six) == 8
+    # And the table of sizes is what the code computes.
+    for options, payload in re.findall(r"\| `(--[^`]*)` \| ([\d,]+) \|", document):
+        arguments = ["quantize", str(talkie), str(tmp_path / "target"), *options.split(), "--dry-run", "--json"]
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            assert run(arguments) == 0
+        assert json.loads(out.getvalue())["payload_bytes"] == int(payload.replace(",", ""))
 
 
 @pytest.mark.parametrize(
