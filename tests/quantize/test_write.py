@@ -226,6 +226,15 @@ def test_equals_the_in_memory_result(talkie, tmp_path, monkeypatch):
     assert sum(value.nbytes for value in stored.values()) == result.payload_bytes
 
 
+def test_shards(talkie, tmp_path):
+    quantize(talkie, tmp_path / "one")
+    quantize(talkie, tmp_path / "many", max_shard_bytes=20_000)
+    assert len(list((tmp_path / "many").glob("model-*.safetensors"))) > 5
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(tensors_of(tmp_path / "one"))
+    assert_same(tensors_of(tmp_path / "many"), tensors_of(tmp_path / "one"))
+
+
 def test_words_are_aligned_in_the_file(talkie, tmp_path):
     """Gains of two bytes would leave every later word crooked; they go last."""
     quantize(talkie, tmp_path / "target")
