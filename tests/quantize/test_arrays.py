@@ -18,11 +18,16 @@ from quantize import reference
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 AFFINE = [Settings(bits, size) for bits in BITS for size in (32, 64, 128)]
 MICROSCALED = [Settings.of(mode=mode) for mode in MODES if mode != "affine"]
-KINDS = ["normal", "scales", "huge", "tiny", "coarse", "one_signed", "constant", "zero", "powers", "offset"]
+KINDS = ["normal", "scales", "huge", "tiny", "coarse", "one_signed", "constant", "zero", "powers", "offset", "bits"]
 
 
 def weights(kind: str, dtype: str, rows: int = 12, columns: int = 256, seed: int = 0) -> np.ndarray:
     random = np.random.default_rng([seed, KINDS.index(kind)])
+    if kind == "bits":
+        # Any pattern of bits that is a finite number, subnormal ones included.
+        width = np.dtype(DTYPES[dtype]).itemsize
+        values = random.integers(0, 1 << 8 * width, (rows, columns), dtype=f"u{width}").view(DTYPES[dtype])
+        return np.where(np.isfinite(values.astype(np.float32)), values, values.dtype.type(1))
     values = random.standard_normal((rows, columns))
     spread = random.uniform(size=(rows, 1))
     values = {
