@@ -179,7 +179,9 @@ def _mistakes(
         if wanted is None:
             reason = dropped(layout, name)
             if reason is None:
-                mistakes.append(f"unexpected {name!r}{did_you_mean(name, missing)}")
+                # Looking for close names takes time, so only for mistakes that are shown.
+                hint = did_you_mean(name, missing) if len(mistakes) < MISTAKES_SHOWN else ""
+                mistakes.append(f"unexpected {name!r}{hint}")
             else:
                 leaving[name] = reason
             continue
