@@ -213,6 +213,8 @@ def test_mistakes_elsewhere(talkie, tmp_path):
         ({"recipe": lambda path, role, shape: "four"}, "expected bits, a dictionary, True or False; found 'four'"),
         ({"method": "gptp"}, "expected a method of affine"),
         ({"mode": "mxfp4", "bits": 8}, "expected bits of 4 for mode mxfp4"),
+        ({"bits": 0}, "expected bits of 2, 3, 4, 5, 6, 8 for mode affine; found 0"),
+        ({"recipe": {"head": 0}}, "found 0"),
         ({"layout": "flax"}, "expected a layout for mlx"),
         ({"recipe": {"*": False}}, "expected matrices to quantize"),
     ):
@@ -312,6 +314,20 @@ def test_models_that_keep_their_routers_at_eight_bits_are_mlx_lms():
 
 def test_spread_is_not_all_blocks():
     assert [block for block in range(16) if in_spread(block, 16)] == [0, 1, 4, 7, 10, 13, 14, 15]
+
+
+def test_sizes_of_a_stock_model_from_its_config(tmp_path):
+    """Names and shapes come from Transformers; a tied head is the embedding and is counted once."""
+    pytest.importorskip("torch")
+    config = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 512, "vocab_size": 1000}
+    config |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "dtype": "bfloat16"}
+    weights = 2 * (256 * (256 + 128 + 128 + 256) + 3 * 256 * 512)
+    for tied in (False, True):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": tied}))
+        result = quantize(tmp_path, tmp_path / "target", bits=6, dry_run=True)
+        tables = (1 if tied else 2) * 1000 * 256
+        assert result.payload_bytes == stored(weights + tables, 6, 64) + 5 * 256 * 2
+        assert result.parameters == weights + tables + 5 * 256
 
 
 def test_bits_a_weight_counts_everything(talkie, tmp_path):

@@ -126,7 +126,11 @@ def quantize(
     checkpoint = open_checkpoint(source, config=config)
     model_type = str((checkpoint.config or {}).get("model_type"))
     chosen = replace(named or default_recipe(model_type), overrides=rules)
-    default = Settings.of(bits or chosen.bits, group_size or chosen.group_size, mode or chosen.mode or "affine")
+    default = Settings.of(
+        chosen.bits if bits is None else bits,
+        chosen.group_size if group_size is None else group_size,
+        mode or chosen.mode or "affine",
+    )
     destination = check_target(target, force or dry_run, [checkpoint.path])
     architecture = architectures.find(checkpoint)
     quantized_source = checkpoint.quantization is not None or is_quantized(checkpoint.tensors)
