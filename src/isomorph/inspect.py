@@ -192,6 +192,11 @@ def _unpacked_parameters(checkpoint: Checkpoint) -> int:
     """Weights of a model whose architecture we have no table for; packed codes count as what they stand for."""
     quantization, tensors, total = checkpoint.quantization or {}, checkpoint.tensors, 0
     for name, tensor in tensors.items():
+        if name.removesuffix("_scales") + "_blocks" in tensors:
+            continue  # gpt-oss' MXFP4: two codes a byte in X_blocks, an exponent for each 32 of them in X_scales.
+        if name.removesuffix("_blocks") + "_scales" in tensors:
+            total += 2 * tensor.size
+            continue
         module, _, part = name.rpartition(".")
         packed = f"{module}.scales" in tensors and f"{module}.weight" in tensors
         if packed and part in ("scales", "biases"):
