@@ -18,7 +18,7 @@ from isomorph import architectures
 from isomorph.architectures.base import Architecture
 from isomorph.errors import InputError, did_you_mean
 from isomorph.train.conversations import ChatIds, conversations, mixed
-from isomorph.train.data import read_text, text_files, tokenize, windows
+from isomorph.train.data import read_text, text_files, tokenize, unwrapped, windows
 from isomorph.train.export import export
 from isomorph.train.metrics import held_out_evaluation
 from isomorph.train.settings import Settings
@@ -63,8 +63,8 @@ def run(
 
     Without a `vocabulary` (a tiktoken `vocab.txt`) one is learned from the texts, of the size that
     `config["vocab_size"]` leaves beside the special tokens. With `chat_data`, books of questions and answers, a
-    second stage follows, half of whose rows are still text. `held_out` texts are measured, never trained on. A run
-    that was stopped goes on where its last checkpoint is. Raises InputError.
+    second stage follows, half of whose rows are still text, with lines unwrapped. `held_out` texts are measured, never
+    trained on. A run that was stopped goes on where its last checkpoint is. Raises InputError.
     """
     architecture, parsed = _architecture(architecture_name, config)
     stages = [settings for settings in (text, chat) if settings is not None]
@@ -110,6 +110,8 @@ def run(
         marks = ChatIds(specials["<|end|>"], specials["<|user|>"], specials["<|assistant|>"])
         batches = conversations(chat_files, encoding, marks, rows, chat.sequence_length, chat.seed)
         if chat.batch_size > rows:
+            # Nobody types hard-wrapped lines: from here on the model shall not break its own.
+            tokens = tokenize(files, encoding, specials["<|endoftext|>"], out / "paragraphs.bin", unwrapped)
             batches = mixed(batches, windows(tokens, chat.batch_size - rows, chat.sequence_length, chat.seed))
         fresh = [identity for name, identity in specials.items() if name != "<|endoftext|>"]
         start = with_fresh_rows(parameters, parsed.vocab_size, fresh, chat.seed)
