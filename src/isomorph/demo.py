@@ -204,7 +204,7 @@ def page(result: Demo) -> str:
 
 def cells(result: Demo) -> list[list[str]]:
     """The table of the page and of the terminal: a header, then a row a variant."""
-    rows = [["variant", "MB", "bits", "verdict", "max diff", "noise ratio", "top-1", "KL, nats", "seconds"]]
+    rows = [["variant", "MB", "bits", "verdict", "max diff", "noise ratio", "top-1", "KL, nats", "s"]]
     for variant in result.variants:
         row = [variant.name, f"{variant.payload_bytes / 1e6:.1f}", f"{variant.bits_per_weight:.2f}"]
         certificate, seconds = variant.certificate, f"{sum(variant.seconds.values()):.0f}"
