@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,17 +79,17 @@ def held_out_evaluation(
         ids = ids[np.linspace(0, len(ids) - 1, rows).round().astype(int)]
     bytes_total = int(size[ids[:, 1:]].sum())
 
-    def evaluate(graph: nnx.GraphDef, parameters: dict[str, jax.Array]) -> dict[str, float]:
-        @jax.jit
-        def nats(parameters: dict[str, jax.Array], ids: jax.Array) -> jax.Array:
-            logits = merge(graph, parameters)(ids[:, :-1]).astype(jnp.float32)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).sum(axis=1)
+    @partial(jax.jit, static_argnums=0)
+    def nats(graph: nnx.GraphDef, parameters: dict[str, jax.Array], ids: jax.Array) -> jax.Array:
+        logits = merge(graph, parameters)(ids[:, :-1]).astype(jnp.float32)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).sum(axis=1)  # [B]
 
+    def evaluate(graph: nnx.GraphDef, parameters: dict[str, jax.Array]) -> dict[str, float]:
         total = 0.0
         for start in range(0, len(ids), batch_size):
             part = ids[start : start + batch_size]
             # The last part is filled up with its own rows, so that one compiled shape serves all of them.
-            total += float(nats(parameters, np.resize(part, (batch_size, length + 1)))[: len(part)].sum())
+            total += float(nats(graph, parameters, np.resize(part, (batch_size, length + 1)))[: len(part)].sum())
         return {
             "held_out_bits_per_byte": total / math.log(2) / bytes_total,
             "held_out_nats_per_token": total / (len(ids) * length),
