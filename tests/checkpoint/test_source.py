@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -210,10 +211,11 @@ def test_the_documented_example_runs() -> None:
     ],
 )
 def test_every_answer_of_the_hub_is_one_line(monkeypatch: pytest.MonkeyPatch, kind: str, advice: str) -> None:
-    import httpx
     import huggingface_hub
     from huggingface_hub import errors
 
+    # The HTTP library is the Hub client's own choice: httpx, or its successor.
+    httpx = import_module(errors.HfHubHTTPError.__mro__[1].__module__.partition(".")[0])
     response = httpx.Response(403, request=httpx.Request("GET", "https://hub.invalid"))
     error: Exception
     if kind == "ConnectError":

@@ -69,7 +69,7 @@ class Terminal:
     def send(self, text: str) -> None:
         os.write(self.master, text.encode())
 
-    def wait_for(self, text: str, seconds: float = 60) -> str:
+    def wait_for(self, text: str, seconds: float = 240) -> str:
         """What was shown up to and including `text`, which is then forgotten."""
         deadline = time.monotonic() + seconds
         while text not in self.shown:
@@ -83,7 +83,7 @@ class Terminal:
         return before + text
 
     def close(self) -> int:
-        code = self.process.wait(timeout=30)
+        code = self.process.wait(timeout=120)
         os.close(self.master)
         return code
 
