@@ -222,6 +222,7 @@ def _load_own(architecture: Architecture, checkpoint: Checkpoint, config: Any, d
         mx.eval(weights[tensor.name])
     if checkpoint.quantization is not None:
         quantize_modules(module, weights, checkpoint.quantization)
+        widen_embeddings(module, target)
     try:
         module.load_weights(list(module.sanitize(weights).items()), strict=True)
     except ValueError as error:
@@ -231,10 +232,25 @@ def _load_own(architecture: Architecture, checkpoint: Checkpoint, config: Any, d
     return module
 
 
+class WideQuantizedEmbedding(nn.QuantizedEmbedding):
+    """An embedding in a mode whose scales have no float dtype: MLX looks its rows up in bfloat16, always."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return super().__call__(x).astype(self._dtype)  # bfloat16 holds each value exactly
+
+
+def widen_embeddings(module: nn.Module, dtype: mx.Dtype) -> None:
+    """Let quantized embeddings return `dtype`, in which the rest of the model then computes."""
+    for layer in module.modules():
+        if type(layer) is nn.QuantizedEmbedding and layer.mode != "affine":
+            layer.__class__ = WideQuantizedEmbedding
+            layer._dtype = dtype
+
+
 def quantize_modules(module: nn.Module, weights: Mapping[str, mx.array], quantization: Mapping[str, Any]) -> None:
     """Put quantized modules where `weights` holds packed ones; bits and group size are read off the shapes.
 
-    `quantization` is config.json's entry; only its `mode` matters here, the module's own before the common one.
+    `quantization` is config.json's entry; only `mode` matters here: of the module's own entry, else the common one.
     Raises InputError for packed arrays that do not fit the module.
     """
 
@@ -252,7 +268,8 @@ def quantize_modules(module: nn.Module, weights: Mapping[str, mx.array], quantiz
                 f"found shapes {list(packed.shape)} and {list(scales.shape)}; correct config.json or the weights"
             )
         own = quantization.get(path)
-        mode = (own if isinstance(own, dict) else {}).get("mode") or quantization.get("mode") or "affine"
+        # As mlx-lm reads it: a module's own entry that names no mode means affine, whatever the common one is.
+        mode = (own if isinstance(own, dict) else quantization).get("mode") or "affine"
         return {"bits": bits, "group_size": group_size, "mode": mode}
 
     try:
