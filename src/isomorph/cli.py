@@ -592,8 +592,9 @@ def run(arguments: list[str]) -> int:
         message = getattr(error, "format_message", None)
         if message is None:
             raise
-        text = " ".join(str(message()).split())
-        say(f"isomorph: {text}; see `isomorph {' '.join(arguments[:1])} --help`" if text else "isomorph: see --help")
+        text = " ".join(str(message()).split()).rstrip(".")
+        verb = [name for name in arguments[:1] if name in getattr(command, "commands", ())]
+        say(f"isomorph: {text or 'no verb given'}; see `{' '.join(['isomorph', *verb, '--help'])}`")
         return 2
 
 

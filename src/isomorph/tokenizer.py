@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from isomorph.checkpoint.source import read_json
 from isomorph.errors import InputError
 
 if TYPE_CHECKING:
@@ -87,6 +88,9 @@ def copy_tokenizer(
             return []
         return [vocabulary.name]
     present = [name for name in FILES if (folder / name).is_file()]
+    for name in present:
+        if name.endswith(".json"):
+            read_json(folder / name)  # a damaged file is refused here, not carried on
     if set(present) - {"generation_config.json"} or own is None or vocabulary is None or not vocabulary.is_file():
         for name in present:
             shutil.copyfile(folder / name, target / name)

@@ -73,6 +73,9 @@ def _open(path: Path, overrides: dict[str, Any]) -> Checkpoint:
     # A config.json beside an original file is its own: convert writes one there.
     own = (path.parent if path.is_file() else path) / "config.json"
     values = {**read_json(own), **overrides} if own.is_file() else None
+    packed = (values or {}).get("quantization")
+    if packed is not None and not isinstance(packed, dict):
+        raise InputError(f"expected an object at 'quantization' in {own}; found {packed!r}; correct config.json")
     if path.is_file():
         return _torch_checkpoint(path, path, values, overrides)
     if (path / SINGLE).is_file():
@@ -127,6 +130,8 @@ def _locate(source: str | Path) -> Path:
         return pocket.path(source.removeprefix(POCKET))
     if "\0" in str(source):
         raise InputError(f"expected a path or a Hub id; found {str(source)!r}, which no path can be")
+    if not str(source):
+        raise InputError("expected a folder, an original .pt/.pth/.ckpt file or a Hub id; found an empty name")
     path = Path(source).expanduser()
     if path.is_dir():
         return path

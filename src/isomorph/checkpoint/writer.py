@@ -95,7 +95,12 @@ def _claimed(partial: Path) -> Iterator[IO[str]]:
     """The journal of `partial`, made when missing, locked against another process that writes the same target."""
     if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
         raise InputError(f"expected to build in {partial}; found something else there; remove it")
-    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"expected a target in a writable folder; found {partial.parent}: {error.strerror}; choose another"
+        ) from None
     with (partial / JOURNAL).open("a+", encoding="utf-8") as journal:
         try:
             import fcntl

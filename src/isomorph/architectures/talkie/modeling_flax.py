@@ -135,8 +135,11 @@ class Attention(nnx.Module):
             v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, offset, axis=1)  # [B, S, H, K]
             cache = (k, v)
         scale = self.head_shape[1] ** -0.5
+        if q.dtype == jnp.float16:
+            # Sums in float32 of float16 products are not to be had on every backend; wider factors are.
+            q, k, v = (states.astype(jnp.float32) for states in (q, k, v))
         out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None, scale=scale)  # [B, T, H, K]
-        return self.attn_resid(out.reshape(*x.shape[:2], -1)), cache  # [B, T, D]
+        return self.attn_resid(out.astype(x.dtype).reshape(*x.shape[:2], -1)), cache  # [B, T, D]
 
 
 class MLP(nnx.Module):

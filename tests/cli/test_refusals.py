@@ -1,0 +1,42 @@
+"""Mistakes of a first hour: one line, exit code 2, nothing written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny import tiny_config, write_checkpoint
+
+from isomorph.cli import run
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert run(list(arguments)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1, captured.err
+    return captured.err
+
+
+def test_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "see `isomorph --help`" in refused(capsys, "nope")
+    assert "see `isomorph inspect --help`" in refused(capsys, "inspect")
+    assert "empty name" in refused(capsys, "inspect", "")
+
+
+def test_damage_beside_the_weights(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    source, target = write_checkpoint(tmp_path / "source"), tmp_path / "target"
+    (source / "tokenizer.json").write_text("{")
+    assert "tokenizer.json" in refused(capsys, "convert", str(source), str(target))
+    (source / "tokenizer.json").unlink()
+    (source / "config.json").write_text(json.dumps(tiny_config(quantization="yes")))
+    assert "'quantization'" in refused(capsys, "convert", str(source), str(target))
+    (source / "config.json").write_text(json.dumps(tiny_config()))
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    assert run(["convert", str(source), str(target)]) == 0  # the control: repaired, it converts
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="no folder here in which nobody may write")
+def test_a_target_that_cannot_be(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source")
+    assert "writable folder" in refused(capsys, "convert", str(source), "/proc/isomorph-target")
