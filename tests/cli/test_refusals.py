@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny import tiny_config, write_checkpoint
 
 from isomorph.cli import run
+from tiny import tiny_config, write_checkpoint
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
