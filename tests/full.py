@@ -44,11 +44,22 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
         started = time.monotonic()
-        command = [sys.executable, "-m", "pytest", "-m", "full", f"--junitxml={report}", "--timeout=4000", *sys.argv[1:]]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-m",
+            "full",
+            f"--junitxml={report}",
+            "--timeout=4000",
+            *sys.argv[1:],
+        ]
         code = subprocess.run(command, cwd=ROOT).returncode
         minutes = (time.monotonic() - started) / 60
         cases = list(ElementTree.parse(report).iter("testcase"))
-    rows = [(case.get("classname", ""), case.get("name", ""), float(case.get("time", 0)), *outcome(case)) for case in cases]
+    rows = [
+        (case.get("classname", ""), case.get("name", ""), float(case.get("time", 0)), *outcome(case)) for case in cases
+    ]
     counts = {name: sum(row[3] == name for row in rows) for name in ("passed", "failed", "skipped")}
     lines = [
         "# Result of the last `make test-full`",
@@ -63,7 +74,9 @@ def main() -> int:
         "| --- | ---: | --- |",
     ]
     for module, name, seconds, result, reason in sorted(rows):
-        lines.append(f"| `{module.removeprefix('tests.')}::{name}` | {seconds:.0f} | {result}{': ' + reason if reason else ''} |")
+        lines.append(
+            f"| `{module.removeprefix('tests.')}::{name}` | {seconds:.0f} | {result}{': ' + reason if reason else ''} |"
+        )
     RECORD.parent.mkdir(exist_ok=True)
     RECORD.write_text("\n".join(lines) + "\n")
     print(f"{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped; written to {RECORD}")

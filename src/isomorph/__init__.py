@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from isomorph.convert import convert as convert
     from isomorph.errors import InputError as InputError
     from isomorph.generate import Generation as Generation
+    from isomorph.inspect import inspect as inspect
     from isomorph.load import load as load
     from isomorph.quantize import quantize as quantize
     from isomorph.verify import Certificate as Certificate
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "load": "isomorph.load",
     "convert": "isomorph.convert",
+    "inspect": "isomorph.inspect",
     "quantize": "isomorph.quantize",
     "verify": "isomorph.verify",
     "evaluate": "isomorph.evaluate",
@@ -43,7 +45,7 @@ _HOMES = {
     "InputError": "isomorph.errors",
 }
 
-__all__ = sorted(_HOMES)  # noqa: PLE0604
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

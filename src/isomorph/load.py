@@ -29,17 +29,20 @@ def load(
 ) -> Model:
     """Load `source` (a folder, an original checkpoint file or a Hub id) in `framework` (torch, mlx or flax).
 
-    `dtype` is the compute dtype (`float32`, `bfloat16` or `float16`; default: as stored). `tokenizer` is a folder or
-    file to take the tokenizer from, or a tokenizer. `config` overrides or replaces config.json. `rope_table_dtype`
-    overrides how cos and sin are rounded. Architectures that are not ours load through Transformers (torch) or mlx-lm
-    (mlx); code that a repository ships runs only with `trust_remote_code`. Raises InputError.
+    `dtype` is the compute dtype (`float32`, `bfloat16`, `float16`, in torch also `float64`; default: as stored).
+    `tokenizer` is a folder or file to take the tokenizer from, or a tokenizer. `config` overrides or replaces
+    config.json. `rope_table_dtype` overrides how cos and sin are rounded. Architectures that are not ours load through
+    Transformers (torch) or mlx-lm (mlx); code that a repository ships runs only with `trust_remote_code`.
+    Raises InputError.
     """
     if framework not in FRAMEWORKS:
-        raise InputError(f"expected a framework of {', '.join(FRAMEWORKS)}; found {framework!r}{did_you_mean(framework, FRAMEWORKS)}")
+        raise InputError(
+            f"expected a framework of {', '.join(FRAMEWORKS)}; found {framework!r}{did_you_mean(framework, FRAMEWORKS)}"
+        )
     if numerics not in NUMERICS:
         raise InputError(f"expected numerics {' or '.join(NUMERICS)}; found {numerics!r}")
-    if dtype not in (None, "float32", "bfloat16", "float16"):
-        raise InputError(f"expected dtype float32, bfloat16 or float16; found {dtype!r}")
+    if dtype not in (None, "float32", "bfloat16", "float16") and (dtype, framework) != ("float64", "torch"):
+        raise InputError(f"expected dtype float32, bfloat16 or float16 (torch also float64); found {dtype!r}")
 
     from isomorph import architectures
     from isomorph.checkpoint import open_checkpoint

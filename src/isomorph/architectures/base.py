@@ -17,7 +17,7 @@ class Architecture:
     """One architecture of our own: where its parts are and what its checkpoints look like.
 
     `layouts` are the forms a checkpoint has; `defaults` the one each target of `convert --to` writes; `native` the
-    one each framework's model file is filled from.
+    one each framework's model file is filled from; `parameters(config)` the canonical tensors and their shapes.
     """
 
     model_type: str
@@ -27,6 +27,7 @@ class Architecture:
     native: Mapping[str, str]
     detect: Callable[[Checkpoint], str]
     infer_config: Callable[[Mapping[str, Tensor]], tuple[dict[str, Any], list[str]]]
+    parameters: Callable[[Any], dict[str, tuple[int, ...]]]
     role: Callable[[str], str | None]
     folder: str
 

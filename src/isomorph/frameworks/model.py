@@ -105,7 +105,9 @@ class Model(ABC):
                 raise InputError(f"expected an attention mask of shape {ids.shape}, found {mask.shape}")
             mask = mask.astype(bool)
             if not mask.any(axis=1).all():
-                raise InputError("expected at least one real token in every row of the attention mask, found a row of padding")
+                raise InputError(
+                    "expected at least one real token in every row of the attention mask, found a row of padding"
+                )
             mask = None if mask.all() else mask
         return self._logits(ids, mask)
 
@@ -143,7 +145,9 @@ class Model(ABC):
         try:
             array = np.asarray(ids)
         except ValueError:
-            raise InputError("expected rows of equal length; found ragged ids; pad them and pass attention_mask") from None
+            raise InputError(
+                "expected rows of equal length; found ragged ids; pad them and pass attention_mask"
+            ) from None
         if array.size == 0:
             raise InputError("expected at least one token; found an empty prompt; give a prompt")
         if array.dtype.kind not in "iu" or array.ndim not in (1, 2):

@@ -53,7 +53,9 @@ class TalkieConfig:
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"config key {name!r} must be a positive integer, found {value!r}; correct config.json")
+                raise ValueError(
+                    f"config key {name!r} must be a positive integer, found {value!r}; correct config.json"
+                )
         for name in ("rope_theta", "rms_norm_eps"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
@@ -68,7 +70,9 @@ class TalkieConfig:
         if self.tie_word_embeddings is not False:
             raise ValueError("config key 'tie_word_embeddings' must be false: Talkie's head is a matrix of its own")
         if not isinstance(self.lm_head_gain_folded, bool):
-            raise ValueError(f"config key 'lm_head_gain_folded' must be true or false, found {self.lm_head_gain_folded!r}")
+            raise ValueError(
+                f"config key 'lm_head_gain_folded' must be true or false, found {self.lm_head_gain_folded!r}"
+            )
         if self.model_type != "talkie":
             raise ValueError(f"config key 'model_type' must be 'talkie', found {self.model_type!r}")
 

@@ -1,0 +1,258 @@
+"""Talkie in Flax NNX.
+
+What is unusual about it:
+- rotary positions turn by -theta (the transpose of the textbook convention), halves split, before the norm of q and k;
+- RMSNorm has no weight, in five places: embedding, attention input, MLP input, q and k, final; eps 2**-23, fp32 inside;
+- each head's query has a gain; each branch of the residual stream has a gain; every block adds the normed embedding
+  back, scaled; the head's matrix has a gain, multiplied into the weights;
+- cos and sin are rounded to bfloat16 (`rope_table_dtype`) as in the authors' code, also when the model runs in fp32.
+
+Shapes: B batch, T tokens fed, S slots of the cache, D hidden, H heads, K head_dim, F intermediate, V vocabulary.
+Matrices carry the mesh axis "model" (tensor parallel); give ids the axis "data" to split the batch.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import nnx
+
+if TYPE_CHECKING:
+    from .config import TalkieConfig
+
+#: Keys and values of one block, each [B, S, H, K]; a model's cache is a list of them.
+KeyValue = tuple[jax.Array, jax.Array]
+
+# Which mesh axis splits each axis of a matrix. An annotation only: whoever has a mesh places the weights by it.
+COLUMN: dict[str, Any] = {"out_sharding": (None, "model"), "eager_sharding": False}
+ROW: dict[str, Any] = {"out_sharding": ("model", None), "eager_sharding": False}
+
+
+def rms_norm(x: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) over the last axis, computed in float32, in x's dtype."""
+    x_f32 = x.astype(jnp.float32)
+    return (x_f32 * jax.lax.rsqrt(jnp.mean(x_f32 * x_f32, axis=-1, keepdims=True) + eps)).astype(x.dtype)
+
+
+@lru_cache
+def rope_tables(positions: int, head_dim: int, theta: float, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin of every position, [positions, K/2], rounded to `dtype`.
+
+    In numpy, not in the compiled program: there the product may be fused into cos unrounded, which moves the angles
+    of late positions by 1e-4.
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    # The power in float64: numpy's float32 power misses by an ulp, which at position 2000 is a visible angle.
+    inverse_frequencies = np.float32(1.0) / np.power(theta, exponents.astype(np.float64)).astype(np.float32)
+    angles = np.arange(positions, dtype=np.float32)[:, None] * inverse_frequencies[None, :]
+    rounded = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32
+    return np.cos(angles).astype(rounded), np.sin(angles).astype(rounded)
+
+
+def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turn the halves of each head by -theta: x [B, T, H, K], cos and sin [B, T, 1, K/2]."""
+    x1, x2 = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([x1 * cos + x2 * sin, x2 * cos - x1 * sin], axis=-1).astype(x.dtype)
+
+
+class HeadGain(nnx.Module):
+    """One gain for each head's query."""
+
+    def __init__(self, heads: int, param_dtype: Any) -> None:
+        self.head_g = nnx.Param(jnp.ones((heads,), param_dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x * self.head_g[...].astype(x.dtype)[:, None]  # [B, T, H, K]
+
+
+class ActGain(nnx.Module):
+    """One gain for a branch of the residual stream."""
+
+    def __init__(self, initial: float, param_dtype: Any) -> None:
+        self.a_g = nnx.Param(jnp.full((1,), initial, param_dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x * self.a_g[...].astype(x.dtype)
+
+
+class WeightGain(nnx.Module):
+    """One gain for a matrix, multiplied into its weights."""
+
+    def __init__(self, param_dtype: Any) -> None:
+        self.w_g = nnx.Param(jnp.ones((1,), param_dtype))
+
+    def __call__(self, weight: jax.Array) -> jax.Array:
+        return weight * self.w_g[...].astype(weight.dtype)
+
+
+def linear(inputs: int, outputs: int, split: dict, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
+    """A matrix [in, out] without bias."""
+    return nnx.Linear(
+        inputs,
+        outputs,
+        use_bias=False,
+        kernel_init=nnx.initializers.normal(inputs**-0.5),
+        kernel_metadata=split,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
+    )
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: TalkieConfig, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> None:
+        self.head_shape = (config.num_attention_heads, config.head_dim)
+        self.eps = config.rms_norm_eps
+        width = config.num_attention_heads * config.head_dim
+        self.attn_query = linear(config.hidden_size, width, COLUMN, dtype, param_dtype, rngs)
+        self.attn_key = linear(config.hidden_size, width, COLUMN, dtype, param_dtype, rngs)
+        self.attn_value = linear(config.hidden_size, width, COLUMN, dtype, param_dtype, rngs)
+        self.attn_resid = linear(width, config.hidden_size, ROW, dtype, param_dtype, rngs)
+        self.head_gain = HeadGain(config.num_attention_heads, param_dtype)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        mask: jax.Array | None,
+        cache: KeyValue | None,
+        offset: jax.Array | int,
+    ) -> tuple[jax.Array, KeyValue | None]:
+        heads = (*x.shape[:2], *self.head_shape)
+        q = self.attn_query(x).reshape(heads)  # [B, T, H, K]
+        k = self.attn_key(x).reshape(heads)  # [B, T, H, K]
+        v = self.attn_value(x).reshape(heads)  # [B, T, H, K]
+        q = self.head_gain(rms_norm(apply_rope(q, cos, sin), self.eps))
+        k = rms_norm(apply_rope(k, cos, sin), self.eps)
+        if cache is not None:
+            k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, offset, axis=1)  # [B, S, H, K]
+            v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, offset, axis=1)  # [B, S, H, K]
+            cache = (k, v)
+        scale = self.head_shape[1] ** -0.5
+        out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None, scale=scale)  # [B, T, H, K]
+        return self.attn_resid(out.reshape(*x.shape[:2], -1)), cache  # [B, T, D]
+
+
+class MLP(nnx.Module):
+    def __init__(self, config: TalkieConfig, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> None:
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.mlp_gate = linear(hidden, inner, COLUMN, dtype, param_dtype, rngs)
+        self.mlp_linear = linear(hidden, inner, COLUMN, dtype, param_dtype, rngs)
+        self.mlp_resid = linear(inner, hidden, ROW, dtype, param_dtype, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.mlp_resid(nnx.silu(self.mlp_gate(x)) * self.mlp_linear(x))  # [B, T, F] -> [B, T, D]
+
+
+class Block(nnx.Module):
+    def __init__(self, config: TalkieConfig, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> None:
+        self.eps = config.rms_norm_eps
+        # 2L branches of unit size each add up to a stream of about unit size.
+        branch_gain = (2 * config.num_hidden_layers) ** -0.5
+        self.attn = Attention(config, dtype, param_dtype, rngs)
+        self.attn_gain = ActGain(branch_gain, param_dtype)
+        self.mlp = MLP(config, dtype, param_dtype, rngs)
+        self.mlp_gain = ActGain(branch_gain, param_dtype)
+        self.embed_skip = ActGain(0.0, param_dtype)
+
+    def __call__(
+        self,
+        embedded: jax.Array,
+        x: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        mask: jax.Array | None,
+        cache: KeyValue | None,
+        offset: jax.Array | int,
+    ) -> tuple[jax.Array, KeyValue | None]:
+        attended, cache = self.attn(rms_norm(x, self.eps), cos, sin, mask, cache, offset)
+        x = x + self.attn_gain(attended)
+        x = x + self.mlp_gain(self.mlp(rms_norm(x, self.eps)))
+        return x + self.embed_skip(embedded), cache  # [B, T, D]
+
+
+class TalkieModel(nnx.Module):
+    def __init__(self, config: TalkieConfig, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.embed = nnx.Embed(
+            config.vocab_size,
+            config.hidden_size,
+            # Normed before use, so the scale only sets how fast training turns a row.
+            embedding_init=nnx.initializers.normal(0.1),
+            embedding_metadata=COLUMN,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+        self.blocks = nnx.List([Block(config, dtype, param_dtype, rngs) for _ in range(config.num_hidden_layers)])
+
+    def __call__(
+        self,
+        ids: jax.Array,
+        positions: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        cache: list[KeyValue] | None = None,
+        offset: jax.Array | int = 0,
+    ) -> tuple[list[jax.Array], list[KeyValue] | None]:
+        """ids [B, T] -> hidden states and cache: un-normed, block 0's input, then each block's output, L + 1 of [B, T, D].
+
+        `positions` [B, T] count from 0 (default: the columns). `mask` [B, 1, T, S], true where a query may look
+        (default: causal; with a cache it is required). `offset` is the cache's slot of the first token.
+        """
+        config = self.config
+        tables = rope_tables(
+            config.max_position_embeddings, config.head_dim, config.rope_theta, config.rope_table_dtype
+        )
+        if positions is None:
+            positions = jnp.arange(ids.shape[1])[None, :]  # [1, T]
+        # A position past the table gives NaN, which no reader takes for an answer.
+        cos, sin = (jnp.asarray(table).at[positions].get(mode="fill", fill_value=jnp.nan) for table in tables)
+        cos, sin = cos[:, :, None, :], sin[:, :, None, :]  # [B, T, 1, K/2]
+        x = embedded = rms_norm(self.embed(ids), config.rms_norm_eps)  # [B, T, D]
+        states: list[jax.Array] = [x]
+        filled: list[Any] = []
+        for index, block in enumerate(self.blocks):
+            x, key_value = block(embedded, x, cos, sin, mask, None if cache is None else cache[index], offset)
+            states.append(x)
+            filled.append(key_value)
+        return states, None if cache is None else filled
+
+
+class TalkieForCausalLM(nnx.Module):
+    """Talkie with its head. `dtype` computes, `param_dtype` stores; they differ only in training."""
+
+    def __init__(
+        self, config: TalkieConfig, *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32, rngs: nnx.Rngs
+    ) -> None:
+        self.config = config
+        self.dtype = dtype
+        self.model = TalkieModel(config, dtype, param_dtype, rngs)
+        init = nnx.initializers.normal(config.hidden_size**-1.0)  # training starts from nearly equal odds
+        self.lm_head = nnx.Param(init(rngs.params(), (config.vocab_size, config.hidden_size), param_dtype), **ROW)
+        self.lm_head_gain = WeightGain(param_dtype)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """ids [B, T] -> logits [B, T, V] of a full causal pass, in the compute dtype."""
+        states, _ = self.model(ids)
+        return self.logits(states[-1])
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Last block's output [B, T, D] -> logits [B, T, V]."""
+        weight = self.lm_head_gain(self.lm_head[...].astype(x.dtype))  # [V, D]
+        return rms_norm(x, self.config.rms_norm_eps) @ weight.T  # [B, T, V]
+
+    def init_cache(self, batch: int, slots: int) -> list[KeyValue]:
+        """An empty cache: zeros, not None, so that every step has the same shapes."""
+        config = self.config
+        shape = (batch, slots, config.num_attention_heads, config.head_dim)
+        return [(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)) for _ in range(config.num_hidden_layers)]
+
+
+#: What the Flax framework and the trainer build.
+Model = TalkieForCausalLM

@@ -1,0 +1,256 @@
+"""`isomorph.inspect`: what a checkpoint is, where it loads and whether it runs here, from its headers alone."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from isomorph import architectures, port
+from isomorph.checkpoint.source import Checkpoint, open_checkpoint
+from isomorph.checkpoint.target import size
+from isomorph.checkpoint.tensor import FLOATING, NUMPY_DTYPES
+from isomorph.errors import InputError
+from isomorph.frameworks import FRAMEWORKS
+from isomorph.port import stock
+from isomorph.stage import callable_module
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How MLX-quantized weights are stored: modules by their settings, e.g. `4-bit group 64 affine` -> 7."""
+
+    modules: dict[str, int]
+    unquantized: list[str]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a context of `tokens` takes: weights and KV cache, in bytes, against what this machine has free."""
+
+    tokens: int
+    weights_bytes: int
+    kv_cache_bytes: int
+    available_bytes: int
+    fits: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found. `loads` maps each library to how a folder loads there, or why it does not."""
+
+    path: Path
+    architecture: str
+    layout: str
+    description: str
+    kind: str
+    loads: dict[str, str]
+    declared_dtype: str | None
+    stored_dtypes: dict[str, int]
+    tensors: int
+    parameters: int
+    payload_bytes: int
+    bits_per_weight: float
+    max_positions: int | None
+    memory: Memory | None
+    quantization: Quantization | None = None
+    dropped: dict[str, str] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+def inspect(
+    source: str | Path, context: int | None = None, *, config: Mapping[str, Any] | str | Path | None = None
+) -> Inspection:
+    """Inspect a folder (config.json alone suffices), an original file or a Hub id, without reading a weight.
+
+    `context` is the number of tokens the memory estimate is for (default: the longest the config allows). Raises
+    InputError for what `load` would refuse: damaged files, tensors that do not fit the config.
+    """
+    if context is not None and context < 1:
+        raise InputError(f"expected a context of at least 1 token; found {context}")
+    checkpoint = open_checkpoint(source, config=config)
+    architecture = architectures.find(checkpoint)
+    promised = not checkpoint.tensors
+    if architecture is not None:
+        parsed = architectures.configuration(architecture, checkpoint)
+        if promised:
+            checkpoint = port.declared(checkpoint, architecture, parsed)
+        reading = port.read(checkpoint, architecture, config=parsed, dequantize=False)
+        layout, dropped = reading.layout, reading.dropped
+        parameters = sum(math.prod(shape) for shape in port.shapes_in(layout, reading.shapes).values())
+        values, name, description = parsed.to_dict(), layout.name, layout.description
+        loads = _loads(checkpoint, layout)
+    else:
+        if promised:
+            checkpoint = stock.declared(checkpoint)
+        values, dropped, parameters = dict(checkpoint.config or {}), {}, _unpacked_parameters(checkpoint)
+        name = {"pt": "transformers", "mlx": "mlx-lm"}.get(checkpoint.metadata.get("format", "pt"), checkpoint.kind)
+        description = "as its library names it"
+        loads = _stock_loads(checkpoint, str(values.get("model_type")))
+    payload = sum(tensor.nbytes for tensor in checkpoint.tensors.values() if tensor.name not in dropped)
+    stored: Counter[str] = Counter()
+    for tensor in checkpoint.tensors.values():
+        stored[tensor.dtype] += tensor.nbytes
+    longest = values.get("max_position_embeddings")
+    return Inspection(
+        path=checkpoint.path,
+        architecture=str(values.get("model_type")),
+        layout=name,
+        description=description,
+        kind="config" if promised else checkpoint.kind,
+        loads=loads,
+        declared_dtype=port.declared_dtype(checkpoint.config or {}),
+        stored_dtypes=dict(stored.most_common()),
+        tensors=len(checkpoint.tensors),
+        parameters=parameters,
+        payload_bytes=payload,
+        bits_per_weight=8 * payload / max(1, parameters),
+        max_positions=longest,
+        memory=_memory(values, payload, _float_dtype(stored), context, longest),
+        quantization=_quantization(checkpoint),
+        dropped=dict(dropped),
+        config=values,
+    )
+
+
+def summary(found: Inspection) -> dict[str, str]:
+    """The findings as lines for people."""
+    rows = {
+        "model": f"{found.architecture}: {found.path}",
+        "layout": f"{found.layout} ({found.description})",
+        **{f"loads in {library}": how for library, how in found.loads.items()},
+        "dtype": f"declared {found.declared_dtype or 'nowhere'}; stored "
+        + ", ".join(f"{dtype} {size(nbytes)}" for dtype, nbytes in found.stored_dtypes.items()),
+        "weights": f"{found.tensors} tensors, {found.parameters:,} parameters, {size(found.payload_bytes)}, "
+        f"{found.bits_per_weight:.2f} bits per weight"
+        + (" (from config.json alone)" if found.kind == "config" else ""),
+    }
+    if found.quantization is not None:
+        rows["quantized"] = ", ".join(f"{count} modules {how}" for how, count in found.quantization.modules.items())
+        if found.quantization.unquantized:
+            rows["not quantized"] = ", ".join(found.quantization.unquantized)
+    for name, reason in found.dropped.items():
+        rows[f"left out {name}"] = reason
+    if found.memory is not None:
+        rows["runs here"] = (
+            f"{'yes' if found.memory.fits else 'no'}, {found.memory.reason}: {found.memory.tokens} tokens take "
+            f"{size(found.memory.weights_bytes)} of weights and {size(found.memory.kv_cache_bytes)} of KV cache; "
+            f"{size(found.memory.available_bytes)} are free"
+        )
+    return rows
+
+
+def _loads(checkpoint: Checkpoint, layout: port.Layout) -> dict[str, str]:
+    """Library -> how this folder loads there, or why not."""
+    loads = {"isomorph": ", ".join(FRAMEWORKS)}
+    config = checkpoint.config or {}
+    for library, how in layout.loads.items():
+        code = {"transformers": "auto_map", "mlx-lm": "model_file"}[library]
+        # The layout relies on code that ships with the folder: is it there?
+        if code in layout.keys and code not in config:
+            how = f"no: config.json names no code for it ({code}); convert it again"
+        elif code == "model_file" and code in config and not (checkpoint.folder / str(config[code])).is_file():
+            how = f"no: config.json names {config[code]}, which is not there; convert it again"
+        elif checkpoint.kind == "safetensors" and checkpoint.config is None:
+            how = "no: there is no config.json; convert it again"
+        loads[library] = how
+    return loads
+
+
+def _stock_loads(checkpoint: Checkpoint, model_type: str) -> dict[str, str]:
+    config = checkpoint.config or {}
+    loads = {"isomorph": "no"}
+    if checkpoint.metadata.get("format") == "mlx":
+        loads["transformers"] = "no: mlx-lm's own names"
+    elif stock.transformers_has(model_type):
+        loads["transformers"] = "natively"
+    else:
+        loads["transformers"] = "with trust_remote_code=True" if "auto_map" in config else f"no: no {model_type!r}"
+    if stock.mlx_lm_has(model_type):
+        loads["mlx-lm"] = "natively"
+    else:
+        loads["mlx-lm"] = "with trust_remote_code" if "model_file" in config else f"no: no {model_type!r}"
+    through = {"transformers": "torch", "mlx-lm": "mlx"}
+    loads["isomorph"] = ", ".join(through[key] for key in through if not loads[key].startswith("no")) or "no"
+    return loads
+
+
+def _unpacked_parameters(checkpoint: Checkpoint) -> int:
+    """Weights of a model whose architecture we have no table for; packed codes count as what they stand for."""
+    quantization, tensors, total = checkpoint.quantization or {}, checkpoint.tensors, 0
+    for name, tensor in tensors.items():
+        module, _, part = name.rpartition(".")
+        packed = f"{module}.scales" in tensors and f"{module}.weight" in tensors
+        if packed and part in ("scales", "biases"):
+            continue
+        bits = _settings(quantization, module).get("bits", 4)
+        total += tensor.size * 32 // bits if packed and tensor.dtype == "uint32" else tensor.size
+    return total
+
+
+def _settings(quantization: Mapping[str, Any], module: str) -> Mapping[str, Any]:
+    own = quantization.get(module)
+    return {**quantization, **own} if isinstance(own, Mapping) else quantization
+
+
+def _quantization(checkpoint: Checkpoint) -> Quantization | None:
+    quantization, tensors = checkpoint.quantization, checkpoint.tensors
+    if quantization is None:
+        return None
+    modules: Counter[str] = Counter()
+    unquantized = []
+    for name, tensor in tensors.items():
+        module = name.removesuffix(".weight")
+        if f"{module}.scales" in tensors and module != name:
+            own = _settings(quantization, module)
+            modules[f"{own.get('bits')}-bit group {own.get('group_size')} {own.get('mode', 'affine')}"] += 1
+        elif len(tensor.shape) > 1 and not name.endswith((".scales", ".biases")):
+            unquantized.append(name)
+    return Quantization(dict(modules.most_common()), unquantized)
+
+
+def _float_dtype(stored: Mapping[str, int]) -> str:
+    """The dtype a model of these weights computes in."""
+    floats = {dtype: nbytes for dtype, nbytes in stored.items() if dtype in FLOATING}
+    return max(floats, key=lambda dtype: floats[dtype], default="float32")
+
+
+def _memory(
+    config: Mapping[str, Any], weights: int, dtype: str, context: int | None, longest: int | None
+) -> Memory | None:
+    """None when the config does not say what a KV cache takes."""
+    layers, heads = config.get("num_hidden_layers"), config.get("num_attention_heads")
+    tokens = context or longest
+    if not (isinstance(layers, int) and isinstance(heads, int) and isinstance(tokens, int)):
+        return None
+    head_dim = config.get("head_dim") or config.get("hidden_size", 0) // heads
+    key_value_heads = config.get("num_key_value_heads") or heads
+    cache = 2 * layers * key_value_heads * head_dim * tokens * NUMPY_DTYPES[dtype].itemsize
+    available = available_bytes()
+    if longest is not None and tokens > longest:
+        return Memory(tokens, weights, cache, available, False, f"longer than max_position_embeddings ({longest})")
+    fits = weights + cache <= available
+    return Memory(tokens, weights, cache, available, fits, "fits" if fits else "not enough memory")
+
+
+def available_bytes() -> int:
+    """Memory this process may still take: what the system has free, within the limits of its container."""
+    import psutil
+
+    available = psutil.virtual_memory().available
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            available = min(available, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):
+            continue  # No such limit: "max", or another system.
+    return max(0, available)
+
+
+callable_module(__name__)

@@ -1,0 +1,208 @@
+"""From one layout's tensors to another's: exactly-once accounting, then lazy transforms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from isomorph.architectures.base import Architecture
+from isomorph.checkpoint.mlx_quantized import dequantized, is_quantized, quantized_modules
+from isomorph.checkpoint.source import Checkpoint
+from isomorph.checkpoint.tensor import FLOATING, Tensor
+from isomorph.errors import InputError, did_you_mean
+from isomorph.port.table import Layout, Row, dropped, expand
+from isomorph.port.transforms import TRANSFORMS
+
+#: Mistakes spelt out in one error; the rest are counted.
+MISTAKES_SHOWN = 8
+
+#: What MLX stores beside a packed `X.weight`.
+COMPANIONS = ("scales", "biases")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A checkpoint fitted to its layout: each row has its tensor, and what was dropped has its reason.
+
+    `packed` holds, by the name of a weight stored as MLX codes, the scales and biases beside it; `folder` is where
+    files beside the weights are.
+    """
+
+    layout: Layout
+    rows: dict[str, Row]
+    tensors: dict[str, Tensor]
+    packed: dict[str, list[Tensor]]
+    dropped: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+    folder: Path
+
+    def canonical(self, name: str, dtype: str | None = None) -> Tensor:
+        """One canonical tensor, cast to `dtype`."""
+        row = self._holder[name]
+        if row.name in self.packed:
+            raise InputError(f"expected unquantized weights; found {row.name!r} quantized; add --dequantize")
+        parts = TRANSFORMS[row.transform].to_canonical(self.tensors[row.name], row.canonical, self.folder)
+        return _cast(next(part for part in parts if part.name == name), dtype)
+
+    def into(self, layout: Layout, dtype: str | None = None) -> Iterator[Tensor]:
+        """The tensors of `layout`, in its table's order; packed triples where both layouts store a module alike."""
+        for row in expand(layout, self.shapes).values():
+            twin = self._twin(row, dtype)
+            if twin is None:
+                parts = [self.canonical(name, dtype) for name in row.canonical]
+                yield TRANSFORMS[row.transform].from_canonical(row.name, parts)
+                continue
+            # Stored alike on both sides: no transform, so the same bits.
+            yield self.tensors[twin.name].renamed(row.name)
+            module = row.name.removesuffix("weight")
+            yield from (part.renamed(module + part.name.rpartition(".")[2]) for part in self.packed.get(twin.name, []))
+
+    def sidecars(self, layout: Layout, dtype: str | None = None) -> dict[str, Path | Callable[[Path], None]]:
+        """Files beside the weights of `layout` that its inverse transforms need: a file to copy, or a writer."""
+        files: dict[str, Path | Callable[[Path], None]] = {}
+        for row in expand(layout, self.shapes).values():
+            name = TRANSFORMS[row.transform].sidecar_name(row.name)
+            if name is None:
+                continue
+            twin = self._twin(row, dtype)
+            if twin is None:
+                writer = TRANSFORMS[row.transform].sidecar([self.canonical(part, dtype) for part in row.canonical])
+                if writer is not None:
+                    files[name] = writer
+            elif twin.name not in self.packed:
+                own = self.folder / str(TRANSFORMS[row.transform].sidecar_name(twin.name))
+                if own.is_file():
+                    files[name] = own
+        return files
+
+    def _twin(self, row: Row, dtype: str | None) -> Row | None:
+        """The row of this layout that stores what `row` does in the same way and, when cast, as the same dtype."""
+        twin = self._holder[row.canonical[0]]
+        if (twin.canonical, twin.transform) != (row.canonical, row.transform):
+            return None
+        tensor = self.tensors[twin.name]
+        return twin if twin.name in self.packed or _cast(tensor, dtype) is tensor else None
+
+    @cached_property
+    def _holder(self) -> dict[str, Row]:
+        return {name: row for row in self.rows.values() for name in row.canonical}
+
+
+def mapped(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    target_layout: str,
+    *,
+    config: Any = None,
+    dtype: str | None = None,
+    dequantize: bool = True,
+) -> Iterator[Tensor]:
+    """The checkpoint's tensors in the names and shapes of `target_layout`, lazily, in the table's order.
+
+    `config` is the architecture's parsed config (default: the checkpoint's own). `dtype` casts floating tensors.
+    An MLX-quantized checkpoint is dequantized, unless `dequantize` is False: then packed triples keep their values,
+    which needs a target that stores those modules untransformed. Raises InputError that names all that does not fit.
+    """
+    layout = layout_of(architecture, target_layout)
+    yield from read(checkpoint, architecture, config=config, dtype=dtype, dequantize=dequantize).into(layout, dtype)
+
+
+def layout_of(architecture: Architecture, name: str) -> Layout:
+    """The layout called `name`. Raises InputError with did-you-mean."""
+    if name not in architecture.layouts:
+        known = ", ".join(architecture.layouts)
+        raise InputError(f"expected a layout of {known}; found {name!r}{did_you_mean(name, architecture.layouts)}")
+    return architecture.layouts[name]
+
+
+def read(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    *,
+    config: Any = None,
+    dtype: str | None = None,
+    dequantize: bool = True,
+) -> Reading:
+    """Account for every tensor of the checkpoint: consumed or dropped with a reason, each row filled, shapes right.
+
+    `dtype` is what dequantized weights are computed in (default: their scales'). Raises one InputError for all
+    mistakes together.
+    """
+    from isomorph import architectures
+
+    if not checkpoint.tensors:
+        raise InputError(f"expected weights in {checkpoint.path}; found only a config; download or convert the weights")
+    config = config or architectures.configuration(architecture, checkpoint, tell=False)
+    layout = architecture.layouts[architecture.detect(checkpoint)]
+    shapes = architecture.parameters(config)
+    rows = expand(layout, shapes)
+    tensors = dict(checkpoint.tensors)
+    packed: dict[str, list[Tensor]] = {}
+    if checkpoint.quantization is not None or is_quantized(tensors):
+        widths = {name.removesuffix(".weight"): shape[-1] for name, shape in shapes_in(layout, shapes).items()}
+        if dequantize:
+            tensors = dequantized(tensors, checkpoint.quantization, dtype, widths)
+        else:
+            tensors, packed = _unpacked(tensors, quantized_modules(tensors, checkpoint.quantization, widths))
+    mistakes, leaving = _mistakes(layout, shapes, tensors, packed)
+    if mistakes:
+        shown = "; ".join(mistakes[:MISTAKES_SHOWN])
+        more = f"; and {len(mistakes) - MISTAKES_SHOWN} more" if len(mistakes) > MISTAKES_SHOWN else ""
+        raise InputError(
+            f"expected {checkpoint.path} to hold the {len(rows)} tensors of layout {layout.name}; found {shown}{more}; "
+            "correct config.json or the weights"
+        )
+    return Reading(layout, rows, tensors, packed, leaving, shapes, checkpoint.folder)
+
+
+def shapes_in(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of each tensor of `layout`, for the canonical `shapes`."""
+    rows = expand(layout, shapes).items()
+    return {name: TRANSFORMS[row.transform].shape([shapes[part] for part in row.canonical]) for name, row in rows}
+
+
+def _mistakes(
+    layout: Layout,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Mapping[str, Tensor],
+    packed: Mapping[str, list[Tensor]],
+) -> tuple[list[str], dict[str, str]]:
+    """What does not fit, one mistake a line, and the reasons of what is dropped."""
+    expected = shapes_in(layout, shapes)
+    missing = [name for name in expected if name not in tensors]
+    mistakes, leaving = [], {}
+    for name, tensor in tensors.items():
+        wanted = expected.get(name)
+        if wanted is None:
+            reason = dropped(layout, name)
+            if reason is None:
+                mistakes.append(f"unexpected {name!r}{did_you_mean(name, missing)}")
+            else:
+                leaving[name] = reason
+            continue
+        # Packed codes have fewer columns; their rows still count.
+        known = slice(-1) if name in packed else slice(None)
+        if tensor.shape[known] != wanted[known]:
+            mistakes.append(f"{name!r} has shape {list(tensor.shape)}, the config asks for {list(wanted)}")
+        elif name not in packed and tensor.dtype not in FLOATING:
+            mistakes.append(f"{name!r} has dtype {tensor.dtype}, not one of {', '.join(FLOATING)}")
+    return mistakes + [f"missing {name!r}" for name in missing], leaving
+
+
+def _cast(tensor: Tensor, dtype: str | None) -> Tensor:
+    return tensor if dtype is None else tensor.cast(dtype)
+
+
+def _unpacked(
+    tensors: Mapping[str, Tensor], modules: Iterable[str]
+) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
+    """Tensors without the companions of packed weights, and those companions by the weight's name."""
+    packed = {
+        f"{path}.weight": [tensors[key] for part in COMPANIONS if (key := f"{path}.{part}") in tensors]
+        for path in modules
+    }
+    taken = {part.name for parts in packed.values() for part in parts}
+    return {name: tensor for name, tensor in tensors.items() if name not in taken}, packed

@@ -1,0 +1,101 @@
+"""Architectures that stock libraries have: do Transformers and mlx-lm read the same folder?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import Any
+
+from isomorph.checkpoint.source import Checkpoint
+from isomorph.errors import InputError
+from isomorph.port.declared import declared_dtype, promised
+
+FORMATS = {"transformers": "pt", "mlx": "mlx"}
+
+
+def shared_layout(checkpoint: Checkpoint, to: str) -> str:
+    """The safetensors format (`pt` or `mlx`) under which a plain copy of the checkpoint loads in `to`.
+
+    mlx-lm renames a Transformers checkpoint as it loads it, so such a copy stays one; the other way round there is no
+    such help, and only a folder that Transformers can name in full is a copy. Raises InputError otherwise.
+    """
+    own = checkpoint.metadata.get("format", "pt")
+    model_type = str((checkpoint.config or {}).get("model_type"))
+    if own == FORMATS[to]:
+        return own
+    if checkpoint.quantization is not None or "quantization_config" in (checkpoint.config or {}):
+        raise InputError(
+            f"expected unquantized weights to copy for {to}; found a quantized {model_type}; convert its source"
+        )
+    if to == "mlx":
+        if not mlx_lm_has(model_type):
+            raise InputError(
+                f"expected an architecture that mlx-lm or isomorph has; found {model_type!r}; port it first"
+            )
+        return own
+    missing, extra = _differences(checkpoint)
+    if missing or extra:
+        kind, name = ("lacks", missing[0]) if missing else ("has, unknown to it,", extra[0])
+        raise InputError(
+            f"expected the tensor names of Transformers' {model_type}; found that {checkpoint.path} {kind} {name!r}; "
+            "start from the Transformers checkpoint"
+        )
+    return "pt"
+
+
+def mlx_lm_has(model_type: str) -> bool:
+    """Whether the installed mlx-lm has a model of that type."""
+    if find_spec("mlx_lm") is None:
+        return False
+    try:
+        from mlx_lm.utils import MODEL_REMAPPING
+
+        return find_spec(f"mlx_lm.models.{MODEL_REMAPPING.get(model_type, model_type)}") is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def transformers_has(model_type: str) -> bool:
+    """Whether the installed Transformers has a model of that type."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return model_type in CONFIG_MAPPING_NAMES
+
+
+def skeleton(config: Mapping[str, Any]) -> Any:
+    """Transformers' causal language model of a parsed config.json, without memory for its weights.
+
+    Raises InputError when Transformers has no such model or torch is missing.
+    """
+    values = dict(config)
+    model_type = values.pop("model_type", None)
+    try:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values))
+    except ModuleNotFoundError as error:
+        raise InputError(f"this needs the package {error.name!r}; run: pip install 'isomorph[torch]'") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        detail = (str(error).splitlines() or [""])[0][:160]
+        raise InputError(f"expected an architecture that Transformers has; found {model_type!r}: {detail}") from None
+
+
+def declared(checkpoint: Checkpoint) -> Checkpoint:
+    """`checkpoint`, which holds no weights, with the tensors that Transformers' model of its config has."""
+    model = skeleton(checkpoint.config or {})
+    dtype = declared_dtype(checkpoint.config or {}) or "float32"
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {}) if model.config.tie_word_embeddings else set()
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
+    return replace(checkpoint, tensors={n: promised(n, shape, dtype, checkpoint) for n, shape in shapes.items()})
+
+
+def _differences(checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
+    """Names that Transformers' model of this config has and the checkpoint lacks, and the reverse."""
+    model = skeleton(checkpoint.config or {})
+    wanted = set(model.state_dict())
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {}) if model.config.tie_word_embeddings else set()
+    present = set(checkpoint.tensors)
+    return sorted(wanted - present - tied), sorted(present - wanted)

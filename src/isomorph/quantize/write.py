@@ -1,0 +1,255 @@
+"""Writing a quantized model folder: the conversion's plan with its matrices quantized in the stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from isomorph import __version__, architectures
+from isomorph.architectures.base import Architecture
+from isomorph.checkpoint.container import MAX_SHARD_BYTES, safetensors_files
+from isomorph.checkpoint.mlx_quantized import dequantized, is_quantized
+from isomorph.checkpoint.source import Checkpoint, open_checkpoint
+from isomorph.checkpoint.target import check_target
+from isomorph.checkpoint.tensor import Tensor
+from isomorph.checkpoint.writer import file_identity, write_folder
+from isomorph.convert import CAST_DTYPES, QUANTIZATION_KEYS, json_bytes, own_plan, stock_plan, tokenizer_files
+from isomorph.convert import Plan as ConversionPlan
+from isomorph.errors import InputError, did_you_mean
+from isomorph.port import stock
+from isomorph.port.transforms import TRANSFORMS
+from isomorph.quantize.plan import Plan, make_plan
+from isomorph.quantize.recipe import Recipe, RecipeFunction, read_recipe, set_rule
+from isomorph.quantize.roles import stock_role
+from isomorph.quantize.settings import Settings
+from isomorph.quantize.stock import default_recipe
+from isomorph.quantize.stream import QuantizedStream
+
+#: Ways to choose the codes. Modes (affine, mxfp4, ...) say how they are stored.
+METHODS = ("affine",)
+
+
+@dataclass(frozen=True)
+class Module:
+    """One matrix of the plan; `bits` None means that it stays as it is, for the `reason` given."""
+
+    path: str
+    role: str | None
+    shape: tuple[int, ...]
+    bits: int | None
+    group_size: int | None
+    mode: str | None
+    nbytes: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class QuantizationLoss:
+    """Root mean squared error over root mean squared weight, per matrix: mean, maximum and where that is.
+
+    Measured on a sample of each matrix while it was quantized; matrices an interrupted run had finished are not in it.
+    """
+
+    matrices: int
+    mean_relative_rms: float
+    max_relative_rms: float
+    worst: str
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What `quantize` wrote, or would write. `payload_bytes` are all tensors, headers and JSON aside."""
+
+    source: Path
+    path: Path
+    architecture: str
+    source_layout: str
+    layout: str
+    dtype: str
+    recipe: str
+    bits: int
+    group_size: int
+    mode: str
+    parameters: int
+    payload_bytes: int
+    bits_per_weight: float
+    plan: list[Module]
+    requantized: bool = False
+    loss: QuantizationLoss | None = None
+    files: list[str] = field(default_factory=list)
+    dry_run: bool = False
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Module path -> why it is not quantized."""
+        return {module.path: module.reason for module in self.plan if module.bits is None}
+
+
+def quantize(
+    source: str | Path,
+    target: str | Path,
+    bits: int | None = None,
+    group_size: int | None = None,
+    method: str = "affine",
+    recipe: str | Path | Mapping[str, Any] | RecipeFunction | Recipe | None = None,
+    *,
+    mode: str | None = None,
+    overrides: Sequence[str] = (),
+    layout: str | None = None,
+    dtype: str | None = None,
+    config: Mapping[str, Any] | str | Path | None = None,
+    requantize: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    force: bool = False,
+    dry_run: bool = False,
+) -> Quantized:
+    """Write the model at `source` (folder, original file or Hub id) as an MLX-quantized folder `target`.
+
+    `bits` (2, 3, 4, 5, 6, 8; default 4) and `group_size` (32, 64, 128; default 64) hold for what `recipe` does not
+    name: a built-in (`isomorph list recipes`), a TOML file, a dictionary, or a function `(path, role, shape) -> bits |
+    dict | False`; see `isomorph.quantize.recipe`. `overrides` are `PATTERN=BITS` and have the last word. `mode` is
+    affine, mxfp4, mxfp8 or nvfp4. `layout` is one of the architecture's MLX layouts: for Talkie `mlx-folded` (default;
+    the head is quantized as well) or `mlx-lm`, which gives stock mlx-lm's own result. Weights are first cast to
+    `dtype`, or to config.json's `torch_dtype`, as mlx-lm does.
+
+    Weights stream through in blocks; an interrupted call, repeated, goes on where it stopped, and the target appears
+    only when it is complete. A quantized source is refused unless `requantize`. `dry_run` reads headers only and works
+    on a folder that holds only a config.json. Raises InputError.
+    """
+    if method not in METHODS:
+        raise InputError(f"expected a method of {', '.join(METHODS)}; found {method!r}{did_you_mean(method, METHODS)}")
+    rules = tuple(set_rule(text) for text in overrides)
+    named = None if recipe is None else read_recipe(recipe)
+    checkpoint = open_checkpoint(source, config=config)
+    model_type = str((checkpoint.config or {}).get("model_type"))
+    chosen = replace(named or default_recipe(model_type), overrides=rules)
+    default = Settings.of(bits or chosen.bits, group_size or chosen.group_size, mode or chosen.mode or "affine")
+    destination = check_target(target, force or dry_run, [checkpoint.path])
+    architecture = architectures.find(checkpoint)
+    quantized_source = checkpoint.quantization is not None or is_quantized(checkpoint.tensors)
+    if quantized_source and not requantize:
+        raise InputError(
+            f"expected unquantized weights in {checkpoint.path}; found {_described(checkpoint)}; start from the "
+            "original, or add --requantize, which adds error to error"
+        )
+    base, role_of = _base(checkpoint, architecture, layout, dtype or _stated_dtype(checkpoint))
+    plan = make_plan(base.tensors, chosen, default, role_of)
+    entry = plan.quantization()
+    configuration = {**base.config, **dict.fromkeys(QUANTIZATION_KEYS, entry)}
+    streams, tensors = _streams(plan)
+    weights = safetensors_files(tensors, {"format": "mlx"}, max_shard_bytes)
+    result = partial(
+        Quantized,
+        source=checkpoint.path,
+        path=destination,
+        architecture=str(configuration["model_type"]),
+        source_layout=base.source_layout,
+        layout=base.layout,
+        dtype=base.config["dtype"],
+        recipe=chosen.name,
+        **default.to_dict(),
+        parameters=plan.parameters,
+        payload_bytes=plan.payload_bytes,
+        bits_per_weight=plan.bits_per_weight,
+        plan=_modules(plan),
+        requantized=quantized_source,
+    )
+    if dry_run:
+        return result(files=[file.name for file in weights] + list(base.files), dry_run=True)
+    files = {**base.files, "config.json": json_bytes(configuration)}
+    for stream in streams:
+        for transform in TRANSFORMS.values():
+            # What gives an exact weight back is of no use beside a quantized one.
+            files.pop(str(transform.sidecar_name(stream.source.name)), None)
+    files |= tokenizer_files(checkpoint, architecture, base)
+    inputs = {"isomorph": __version__, "sources": file_identity(checkpoint.files), "config": configuration}
+    write_folder(destination, weights, files, inputs=inputs, description=f"quantizing {destination.name}")
+    return result(files=sorted(file.name for file in destination.iterdir()), loss=_loss(streams))
+
+
+def _described(checkpoint: Checkpoint) -> str:
+    entry = checkpoint.quantization or {}
+    if "bits" not in entry:
+        return "quantized ones"
+    return f"{entry['bits']}-bit ones in groups of {entry.get('group_size')}"
+
+
+def _stated_dtype(checkpoint: Checkpoint) -> str | None:
+    stated = (checkpoint.config or {}).get("torch_dtype")
+    return stated if stated in CAST_DTYPES else None
+
+
+def _base(
+    checkpoint: Checkpoint, architecture: Architecture | None, layout: str | None, dtype: str | None
+) -> tuple[ConversionPlan, Callable[[str], str | None]]:
+    """The unquantized plan of the target, and what tells roles."""
+    if dtype is not None and dtype not in CAST_DTYPES:
+        hint = did_you_mean(dtype, CAST_DTYPES)
+        raise InputError(f"expected dtype {', '.join(CAST_DTYPES)}; found {dtype!r}{hint}")
+    if architecture is not None:
+        name = layout or architecture.native["mlx"]
+        return own_plan(checkpoint, architecture, "mlx", name, dtype, True), architecture.role
+    if not checkpoint.tensors:
+        checkpoint = stock.declared(checkpoint)
+    if is_quantized(checkpoint.tensors):
+        values = {key: value for key, value in (checkpoint.config or {}).items() if key not in QUANTIZATION_KEYS}
+        floats = dequantized(checkpoint.tensors, checkpoint.quantization, dtype)
+        checkpoint = replace(checkpoint, tensors=floats, config=values)
+    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if not _computed(name, checkpoint)}
+    plan = stock_plan(replace(checkpoint, tensors=tensors), "mlx", layout, dtype, False)
+    return plan, stock_role
+
+
+def _computed(name: str, checkpoint: Checkpoint) -> bool:
+    """What mlx-lm leaves out when it loads: buffers computed from the config, and a head that is the embedding."""
+    if "rotary_emb.inv_freq" in name:
+        return True
+    return name == "lm_head.weight" and bool((checkpoint.config or {}).get("tie_word_embeddings"))
+
+
+def _streams(plan: Plan) -> tuple[list[QuantizedStream], list[Tensor]]:
+    """Each quantized matrix as a stream, and all tensors in the order they are written.
+
+    Whole cache lines go first and odd sizes last, so that packed words lie aligned in the file.
+    """
+    streams = []
+    groups = [[tensor] for tensor in plan.rest]
+    for decision in plan.decisions:
+        if decision.settings is None:
+            groups.append([decision.tensor])
+        else:
+            streams.append(QuantizedStream(decision.path, decision.tensor, decision.settings))
+            groups.append(streams[-1].parts())
+    groups.sort(key=lambda group: next((i for i, unit in enumerate((64, 8, 4)) if _divides(unit, group)), 3))
+    return streams, [tensor for group in groups for tensor in group]
+
+
+def _divides(unit: int, group: Sequence[Tensor]) -> bool:
+    return all(tensor.nbytes % unit == 0 for tensor in group)
+
+
+def _modules(plan: Plan) -> list[Module]:
+    return [
+        Module(
+            path=decision.path,
+            role=decision.role,
+            shape=decision.tensor.shape,
+            bits=decision.settings.bits if decision.settings else None,
+            group_size=decision.settings.group_size if decision.settings else None,
+            mode=decision.settings.mode if decision.settings else None,
+            nbytes=decision.nbytes,
+            reason=decision.reason,
+        )
+        for decision in plan.decisions
+    ]
+
+
+def _loss(streams: Sequence[QuantizedStream]) -> QuantizationLoss | None:
+    measured = {stream.path: stream.loss.relative_rms for stream in streams if stream.loss is not None}
+    if not measured:
+        return None
+    worst = max(measured, key=lambda path: measured[path])
+    return QuantizationLoss(len(measured), sum(measured.values()) / len(measured), measured[worst], worst)

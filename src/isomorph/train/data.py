@@ -1,0 +1,106 @@
+"""Training data: texts become one memory-mapped file of tokens; a batch is a pure function of its step.
+
+That purity is what makes resuming exact: a run that is killed and started again reads what it would have read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from isomorph.errors import InputError
+
+if TYPE_CHECKING:
+    import tiktoken
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`ids` int32 [B, T + 1]: inputs are all but the last column, targets all but the first.
+
+    `weights` float32 [B, T] says how much each target counts.
+    """
+
+    ids: np.ndarray
+    weights: np.ndarray
+
+
+#: step -> Batch
+Batches = Callable[[int], Batch]
+
+
+def text_files(paths: Sequence[Path]) -> list[Path]:
+    """The `.txt` files that `paths` name, folders standing for the ones directly in them, sorted."""
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found += sorted(path.glob("*.txt"))
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise InputError(f"expected a text file or a folder of them; found nothing at {path}")
+    if not found:
+        raise InputError(f"expected .txt files; found none in {', '.join(map(str, paths))}")
+    return found
+
+
+def read_text(path: Path) -> str:
+    """One UTF-8 text, or InputError."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"expected UTF-8 text; found byte {error.object[error.start]:#04x} at {error.start} in {path}"
+        ) from None
+
+
+def tokenize(files: Sequence[Path], encoding: tiktoken.Encoding, separator: int, target: Path) -> np.ndarray:
+    """Write the tokens of `files`, each followed by `separator`, to `target` once; return them memory-mapped, [N].
+
+    The dtype is uint16 where every id fits, else uint32. A target made of other files or another vocabulary is remade.
+    """
+    digest = sha256(repr((sorted(encoding._mergeable_ranks.items()), separator)).encode())
+    for file in files:
+        digest.update(sha256(file.read_bytes()).digest())
+    dtype = np.uint16 if max(separator, encoding.n_vocab) < 2**16 else np.uint32
+    made_of = {"sha256": digest.hexdigest(), "dtype": np.dtype(dtype).name}
+    record = target.with_suffix(".json")
+    if not (target.is_file() and record.is_file() and json.loads(record.read_text()) == made_of):
+        partial = target.with_suffix(".partial")
+        with partial.open("wb") as stream:
+            for file in files:
+                stream.write(np.array([*encoding.encode_ordinary(read_text(file)), separator], dtype).tobytes())
+        partial.replace(target)
+        record.write_text(json.dumps(made_of))
+    return np.memmap(target, dtype=dtype, mode="r")
+
+
+def windows(tokens: np.ndarray, batch_size: int, length: int, seed: int) -> Batches:
+    """Shuffled windows of `length` targets: each epoch cuts the tokens at another offset and in another order."""
+    count = (len(tokens) - 1 - length) // length
+    if count < 1:
+        raise InputError(f"expected at least {2 * length + 1} tokens of text; found {len(tokens)}; give more text")
+
+    def batch(step: int) -> Batch:
+        rows = []
+        for index in range(step * batch_size, (step + 1) * batch_size):
+            epoch, place = divmod(index, count)
+            offset = int(np.random.default_rng((seed, epoch)).integers(length))
+            start = offset + int(epoch_order(seed, epoch, count)[place]) * length
+            rows.append(tokens[start : start + length + 1])
+        return Batch(np.stack(rows).astype(np.int32), np.ones((batch_size, length), np.float32))
+
+    return batch
+
+
+@lru_cache(maxsize=4)
+def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The order of an epoch's `count` rows, [count]."""
+    return np.random.default_rng((seed, epoch)).permutation(count)

@@ -1,0 +1,164 @@
+"""The training loop: one jitted step, checkpoints it resumes from exactly, metrics as JSON lines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from isomorph.errors import InputError
+from isomorph.frameworks.nnx_parameters import merge, partition_specs, split
+from isomorph.progress import progress
+from isomorph.train.data import Batches
+from isomorph.train.metrics import MetricsLog
+from isomorph.train.optimizer import adamw, warmup_cosine
+from isomorph.train.settings import Settings
+
+#: What a run holds between steps: parameters, optimizer, step (int32) and smoothed_loss (float32).
+State = dict[str, Any]
+Parameters = dict[str, jax.Array]
+
+SMOOTHING = 0.98
+
+
+def make_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation, accumulate: int) -> Callable[..., Any]:
+    """The jitted step: (state, ids [B, T + 1], weights [B, T]) -> (state, loss, gradient norm). Donates the state."""
+
+    def summed_loss(parameters: Parameters, ids: jax.Array, weights: jax.Array) -> jax.Array:
+        logits = merge(graph, parameters)(ids[:, :-1]).astype(jnp.float32)  # [B, T, V]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:])  # [B, T]
+        return jnp.sum(losses * weights)
+
+    def step(state: State, ids: jax.Array, weights: jax.Array) -> tuple[State, jax.Array, jax.Array]:
+        parts = (ids.reshape(accumulate, -1, ids.shape[1]), weights.reshape(accumulate, -1, weights.shape[1]))
+
+        def add(total: Any, part: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(summed_loss)(state["parameters"], *part)), None
+
+        nothing = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state["parameters"]))
+        (loss, gradients), _ = jax.lax.scan(add, nothing, parts)
+        # One mean over all targets of the step, however it was cut into parts.
+        count = jnp.maximum(jnp.sum(weights), 1.0)
+        loss, gradients = loss / count, jax.tree.map(lambda gradient: gradient / count, gradients)
+        updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["parameters"])
+        smoothed = jnp.where(state["step"] == 0, loss, SMOOTHING * state["smoothed_loss"] + (1 - SMOOTHING) * loss)
+        state = {
+            "parameters": optax.apply_updates(state["parameters"], updates),
+            "optimizer": optimizer_state,
+            "step": state["step"] + 1,
+            "smoothed_loss": smoothed,
+        }
+        return state, loss, optax.tree.norm(gradients)
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def train(
+    make_model: Callable[..., nnx.Module],
+    batches: Batches,
+    settings: Settings,
+    out: Path,
+    *,
+    start: Mapping[str, np.ndarray] | None = None,
+    evaluate: Callable[[nnx.GraphDef, Parameters], dict[str, float]] | None = None,
+    mesh: Mesh | None = None,
+    stage: str = "train",
+) -> Parameters:
+    """Train until `settings.steps` and return the parameters (float32).
+
+    `make_model(dtype=, rngs=)` builds the model; `start` replaces its random parameters. `out` gets `checkpoints/` and
+    `metrics.jsonl`; when it holds a checkpoint, training goes on from there, step for step as if it had never stopped.
+    `evaluate(graph, parameters)` gives numbers for the log. With a `mesh` of axes ("data", "model") the batch and
+    the matrices are split over its devices.
+    """
+    model = make_model(dtype=jnp.dtype(settings.dtype), rngs=nnx.Rngs(settings.seed))
+    graph, parameters = split(model)
+    if start is not None:
+        parameters = {name: jnp.asarray(start[name], value.dtype) for name, value in parameters.items()}
+    batch_sharding = None
+    if mesh is not None:
+        specs = partition_specs(model)
+        parameters = jax.device_put(parameters, {name: NamedSharding(mesh, spec) for name, spec in specs.items()})
+        batch_sharding = NamedSharding(mesh, PartitionSpec("data"))
+    schedule = warmup_cosine(
+        settings.learning_rate, settings.steps, settings.warmup_steps, settings.final_learning_rate_fraction
+    )
+    optimizer = adamw(schedule, settings.beta1, settings.beta2, settings.weight_decay, settings.clip)
+    state = initial_state(parameters, optimizer)
+    step_once = make_step(graph, optimizer, settings.accumulate)
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+    with ocp.CheckpointManager((out / "checkpoints").resolve(), options=options) as checkpoints:
+        if checkpoints.latest_step() is not None:
+            state = checkpoints.restore(checkpoints.latest_step(), args=ocp.args.StandardRestore(state))
+        first = int(state["step"])
+        speed = Speed(first, settings.batch_size * settings.sequence_length)
+        with (
+            MetricsLog(out / "metrics.jsonl", stage, first) as log,
+            progress(stage, settings.steps, "steps") as advance,
+        ):
+            advance(first)
+            for done in range(first + 1, settings.steps + 1):
+                batch = batches(done - 1)
+                ids, weights = jax.device_put((batch.ids, batch.weights), batch_sharding)
+                state, loss, gradient_norm = step_once(state, ids, weights)
+                advance(1)
+                if _due(done, settings.log_every, settings):
+                    smoothed = _finite(float(state["smoothed_loss"]), done)
+                    measured = {"loss": float(loss), "smoothed_loss": smoothed, "gradient_norm": float(gradient_norm)}
+                    log.write(done, {**measured, "learning_rate": float(schedule(done - 1)), **speed.measure(done)})
+                    advance(0, f"{stage}  loss {smoothed:.3f}")
+                if evaluate is not None and _due(done, settings.evaluate_every, settings):
+                    log.write(done, evaluate(graph, state["parameters"]))
+                    speed.restart(done)
+                if _due(done, settings.checkpoint_every, settings):
+                    checkpoints.save(done, args=ocp.args.StandardSave(state))
+                    speed.restart(done)
+    return state["parameters"]
+
+
+def initial_state(parameters: Parameters, optimizer: optax.GradientTransformation) -> State:
+    """The state before the first step; the optimizer's part lies on devices as the parameters do."""
+    return {
+        "parameters": parameters,
+        "optimizer": jax.jit(optimizer.init)(parameters),
+        "step": jnp.zeros((), jnp.int32),
+        "smoothed_loss": jnp.zeros(()),
+    }
+
+
+class Speed:
+    """Tokens seen, and tokens a second of training alone: a measurement or a checkpoint in between does not count."""
+
+    def __init__(self, step: int, tokens_per_step: int) -> None:
+        self.tokens_per_step = tokens_per_step
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        self.since, self.started = step, time.perf_counter()
+
+    def measure(self, step: int) -> dict[str, float]:
+        """`tokens` since step 0 and `tokens_per_second` since the last call or restart."""
+        per_second = (step - self.since) * self.tokens_per_step / (time.perf_counter() - self.started)
+        self.restart(step)
+        return {"tokens": step * self.tokens_per_step, "tokens_per_second": per_second}
+
+
+def _due(step: int, every: int, settings: Settings) -> bool:
+    return step % every == 0 or step == settings.steps
+
+
+def _finite(loss: float, step: int) -> float:
+    if not np.isfinite(loss):
+        raise InputError(
+            f"expected a finite loss; found {loss} at step {step}; lower the learning rate and start in another folder"
+        )
+    return loss

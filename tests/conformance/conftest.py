@@ -1,0 +1,88 @@
+"""The models that the conformance tests run: one parameter an architecture and framework."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from isomorph.frameworks.model import Model
+from tiny import tiny_config, write_checkpoint
+
+#: From this position on, `Case.shift_positions` makes a model count one too many.
+SHIFTED_FROM = 12
+
+
+@dataclass(frozen=True)
+class Case:
+    """`write(folder)` makes the checkpoint; `shift_positions(monkeypatch)` breaks the framework's positions."""
+
+    architecture: str
+    framework: str
+    write: Callable[[Path], Path]
+    shift_positions: Callable[[pytest.MonkeyPatch], None]
+
+    def __str__(self) -> str:
+        return f"{self.architecture}-{self.framework}"
+
+
+def write_talkie(folder: Path) -> Path:
+    return write_checkpoint(folder, tiny_config(max_position_embeddings=64), seed=3)
+
+
+def talkie(framework: str) -> Any:
+    return importlib.import_module(f"isomorph.architectures.talkie.modeling_{framework}")
+
+
+def shift_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = talkie("torch")
+    tables = module.rope_tables
+    shifted = lambda positions, config: tables(positions + (positions >= SHIFTED_FROM), config)
+    monkeypatch.setattr(module, "rope_tables", shifted)
+
+
+def shift_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = talkie("mlx")
+    rope = module.TalkieModel.rope
+    shifted = lambda model, tokens, offset: rope(model, tokens, offset + (offset >= SHIFTED_FROM))
+    monkeypatch.setattr(module.TalkieModel, "rope", shifted)
+
+
+def shift_flax(monkeypatch: pytest.MonkeyPatch) -> None:
+    import jax
+    import numpy as np
+
+    module = talkie("flax")
+    tables = module.rope_tables
+
+    def shifted(positions: int, *rest: Any) -> Any:
+        index = np.arange(positions)
+        index = np.minimum(index + (index >= SHIFTED_FROM), positions - 1)
+        return tuple(table[index] for table in tables(positions, *rest))
+
+    monkeypatch.setattr(module, "rope_tables", shifted)
+    jax.clear_caches()
+
+
+CASES = (
+    Case("talkie", "torch", write_talkie, shift_torch),
+    Case("talkie", "mlx", write_talkie, shift_mlx),
+    Case("talkie", "flax", write_talkie, shift_flax),
+)
+
+
+@pytest.fixture(scope="session", params=CASES, ids=str)
+def case(request: pytest.FixtureRequest) -> Case:
+    pytest.importorskip(f"isomorph.frameworks.{request.param.framework}", exc_type=ImportError)
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def model(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    import isomorph
+
+    return isomorph.load(case.write(tmp_path_factory.mktemp(str(case))), framework=case.framework, dtype="float32")

@@ -1,0 +1,299 @@
+"""Recipes: every form gives the same choices, mistakes are named, and sizes are right to the byte without weights."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from isomorph.architectures.talkie.recipe import role as talkie_role
+from isomorph.catalogue import catalogue
+from isomorph.errors import InputError
+from isomorph.quantize.named import RECIPES
+from isomorph.quantize.recipe import in_spread, read_recipe, set_rule
+from isomorph.quantize.roles import ROLES, block_of, stock_role
+from isomorph.quantize.settings import Settings
+from isomorph.quantize.stock import OWN_RULES, ROUTER_AT_EIGHT_BITS, default_recipe
+from isomorph.quantize.write import quantize
+
+#: The published Talkie 13B (facts of its config.json): 40 blocks of 7 matrices, an embedding and a head.
+TALKIE_13B = {
+    "model_type": "talkie",
+    "vocab_size": 65540,
+    "hidden_size": 5120,
+    "intermediate_size": 13696,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "head_dim": 128,
+    "max_position_embeddings": 2048,
+    "rope_theta": 1e6,
+    "torch_dtype": "bfloat16",
+    "tie_word_embeddings": False,
+}
+BLOCK_WEIGHTS = 4 * 5120 * 5120 + 3 * 5120 * 13696
+TABLE_WEIGHTS = 65540 * 5120
+#: head_g [40], three a_g [1] a block, all bfloat16.
+GAIN_BYTES = 40 * (40 + 3) * 2
+
+
+@pytest.fixture
+def talkie(tmp_path):
+    """A folder that holds the published config and nothing else."""
+    (tmp_path / "talkie").mkdir()
+    (tmp_path / "talkie" / "config.json").write_text(json.dumps(TALKIE_13B))
+    return tmp_path / "talkie"
+
+
+def stored(weights: int, bits: int, group_size: int) -> int:
+    """Bytes of codes and of a bfloat16 scale and bias a group."""
+    return weights * bits // 8 + weights // group_size * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "payload", "bits_per_weight", "gigabytes"),
+    [
+        ({"bits": 8}, stored(40 * BLOCK_WEIGHTS + 2 * TABLE_WEIGHTS, 8, 64), 8.5, 14.11),
+        ({"recipe": "q6"}, stored(40 * BLOCK_WEIGHTS + 2 * TABLE_WEIGHTS, 6, 64), 6.5, 10.79),
+        ({}, stored(40 * BLOCK_WEIGHTS + 2 * TABLE_WEIGHTS, 4, 64), 4.5, 7.47),
+        ({"group_size": 32}, stored(40 * BLOCK_WEIGHTS + 2 * TABLE_WEIGHTS, 4, 32), 5.0, 8.30),
+        (
+            {"recipe": "q4-mixed"},
+            stored(37 * BLOCK_WEIGHTS, 4, 64) + stored(3 * BLOCK_WEIGHTS + TABLE_WEIGHTS, 8, 64) + 2 * TABLE_WEIGHTS,
+            5.176,
+            8.59,
+        ),
+        (
+            {"layout": "mlx-lm"},
+            # The head stays a bare bfloat16 matrix, beside its gain.
+            stored(40 * BLOCK_WEIGHTS + TABLE_WEIGHTS, 4, 64) + 2 * TABLE_WEIGHTS + 2,
+            4.79,
+            7.95,
+        ),
+    ],
+)
+def test_sizes_of_the_published_variants(talkie, tmp_path, options, payload, bits_per_weight, gigabytes):
+    result = quantize(talkie, tmp_path / "target", dry_run=True, **options)
+    assert result.payload_bytes == payload + GAIN_BYTES
+    assert result.bits_per_weight == pytest.approx(bits_per_weight, abs=1e-3)
+    assert round(result.payload_bytes / 1e9, 2) == gigabytes
+    assert result.parameters - 13_280_257_720 == (1 if options.get("layout") == "mlx-lm" else 0)
+    assert not (tmp_path / "target").exists()
+
+
+def test_every_skipped_matrix_has_a_reason(talkie, tmp_path):
+    result = quantize(
+        talkie, tmp_path / "target", layout="mlx-lm", overrides=["embed=keep", "blocks.-1.*=8"][:1], dry_run=True
+    )
+    assert result.skipped == {
+        "model.embed": "the recipe keeps it",
+        "lm_head": "a bare parameter, not a module's weight",
+    }
+    small = {**TALKIE_13B, "hidden_size": 5120 + 32}
+    (talkie / "config.json").write_text(json.dumps(small))
+    result = quantize(talkie, tmp_path / "target", dry_run=True)
+    assert "5152 columns do not divide into groups of 64" in result.skipped.values()
+    # Only what reads 5120 attention columns or 13696 inner ones is left.
+    assert {module.role for module in result.plan if module.bits} == {"o", "down"}
+
+
+RECIPE = """
+description = "an example"
+bits = 4
+
+[[rule]]
+roles = ["head", "v"]
+bits = 8
+
+[[rule]]
+blocks = "0, 2-3, -1"
+match = "mlp.*"
+bits = 6
+group_size = 32
+
+[[rule]]
+roles = "embed"
+keep = true
+"""
+
+
+def choice(path: str, role: str | None, shape: tuple[int, ...]):
+    """The same as RECIPE, as a function, for ten blocks."""
+    if role == "embed":
+        return False
+    if ".mlp." in path and block_of(path) in (0, 2, 3, 9):
+        return {"bits": 6, "group_size": 32}
+    return 8 if role in ("head", "v") else True
+
+
+def test_toml_and_function_agree(talkie, tmp_path):
+    (talkie / "config.json").write_text(json.dumps({**TALKIE_13B, "num_hidden_layers": 10}))
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    from_file = quantize(talkie, tmp_path / "a", recipe=tmp_path / "recipe.toml", dry_run=True)
+    from_function = quantize(talkie, tmp_path / "a", recipe=choice, dry_run=True)
+    assert from_file.plan == from_function.plan
+    found = {module.path: (module.bits, module.group_size) for module in from_file.plan}
+    assert found["model.blocks.9.mlp.mlp_resid"] == (6, 32)
+    assert found["model.blocks.8.mlp.mlp_resid"] == (4, 64)
+    assert found["model.blocks.3.attn.attn_value"] == (8, 64)
+    assert found["model.embed"] == (None, None) and found["lm_head"] == (8, 64)
+    # And as a dictionary, with --set having the last word.
+    from_dict = quantize(
+        talkie,
+        tmp_path / "a",
+        recipe={"head": 8, "embed": False, "o": {"mode": "mxfp4"}},
+        overrides=["head=3"],
+        dry_run=True,
+    )
+    found = {module.path: (module.bits, module.mode) for module in from_dict.plan}
+    assert found["lm_head"] == (3, "affine") and found["model.blocks.4.attn.attn_resid"] == (4, "mxfp4")
+
+
+def test_overrides_apply_to_functions_too(talkie, tmp_path):
+    result = quantize(
+        talkie, tmp_path / "a", recipe=lambda path, role, shape: 3, overrides=["blocks.14.*=8"], dry_run=True
+    )
+    assert {module.bits for module in result.plan if ".14." in module.path} == {8}
+    assert {module.bits for module in result.plan if ".14." not in module.path} == {3}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("bit = 4", "did you mean 'bits'?"),
+        ("bits = 7", "expected bits of 2, 3, 4, 5, 6, 8"),
+        ("[[rule]]\nroles = ['haed']\nbits = 8", "did you mean 'head'?"),
+        ("[[rule]]\nroles = ['head']", "expected either bits, group_size or mode, or keep = true"),
+        ("[[rule]]\nkeep = true\nbits = 8", "expected either bits"),
+        ("[[rule]]\nblocks = 'all'\nbits = 8", "expected blocks such as"),
+        ("[[rule]]\nbits = 8\nlayers = 3", "expected keys of roles, blocks"),
+        ("rule = 3", "expected rules as [[rule]] tables"),
+        ("bits = ", "expected a recipe in TOML"),
+    ],
+)
+def test_mistakes_in_a_recipe_file(tmp_path, text, message):
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=re.escape(message)):
+        read_recipe(path)
+
+
+def test_mistakes_elsewhere(talkie, tmp_path):
+    for options, message in (
+        ({"recipe": "q44"}, "did you mean 'q4'?"),
+        ({"overrides": ["head"]}, "expected --set 'PATTERN=BITS'"),
+        ({"overrides": ["head=fast"]}, "expected --set 'PATTERN=BITS'"),
+        ({"overrides": ["bloks.14.*=8"]}, "matches none of 282"),
+        ({"overrides": ["head=7"]}, "expected bits of 2, 3, 4, 5, 6, 8"),
+        ({"recipe": lambda path, role, shape: "four"}, "expected bits, a dictionary, True or False; found 'four'"),
+        ({"method": "gptp"}, "expected a method of affine"),
+        ({"mode": "mxfp4", "bits": 8}, "expected bits of 4 for mode mxfp4"),
+        ({"layout": "flax"}, "expected a layout for mlx"),
+        ({"recipe": {"*": False}}, "expected matrices to quantize"),
+    ):
+        with pytest.raises(InputError, match=re.escape(message)):
+            quantize(talkie, tmp_path / "target", dry_run=True, **options)
+
+
+def test_changes_keep_what_they_do_not_name():
+    assert Settings(4, 32).changed({"bits": 8}) == Settings(8, 32)
+    assert Settings(4, 32).changed({"group_size": 128}) == Settings(4, 128)
+    # mxfp4 has no 8 bits: mlx-lm reads such an entry as affine, with affine's group size.
+    assert Settings(4, 32, "mxfp4").changed({"bits": 8}) == Settings(8, 64)
+    assert set_rule("blocks.14.*=6/32").choice == {"bits": 6, "group_size": 32}
+    assert set_rule("head=8").roles == ("head",) and set_rule("lm_head=8").match == ("lm_head",)
+
+
+@pytest.mark.parametrize(
+    ("path", "role", "block"),
+    [
+        ("model.embed_tokens", "embed", None),
+        ("model.layers.3.self_attn.q_proj", "q", 3),
+        ("model.layers.3.self_attn.o_proj", "o", 3),
+        ("model.layers.11.mlp.up_proj", "up", 11),
+        ("model.layers.11.mlp.gate_proj", "gate", 11),
+        ("model.layers.11.mlp.gate", "router", 11),
+        ("model.layers.0.mlp.router", "router", 0),
+        ("model.layers.0.block_sparse_moe.gate", "router", 0),
+        ("model.layers.0.mlp.switch_mlp.down_proj", "expert", 0),
+        ("model.layers.0.mlp.experts.5.down_proj", "expert", 0),
+        ("model.layers.0.mlp.shared_expert.down_proj", "down", 0),
+        ("lm_head", "head", None),
+        ("model.layers.0.something_else", None, 0),
+    ],
+)
+def test_roles_of_stock_models(path, role, block):
+    assert stock_role(path) == role and block_of(path) == block
+
+
+def test_roles_are_one_vocabulary():
+    from isomorph.architectures.talkie import recipe
+
+    assert set(recipe.ROLES.values()) <= set(ROLES)
+    assert talkie_role("model.blocks.7.attn.attn_resid.weight") == "o"
+    assert talkie_role("blocks.7.mlp.mlp_linear.kernel") == "up"
+    assert talkie_role("model.blocks.7.attn_gain.a_g") is None and talkie_role("lm_head_gain.w_g") is None
+
+
+def test_built_in_recipes_are_listed():
+    assert [row["name"] for row in catalogue("recipes")] == list(RECIPES)
+    assert all(row["description"] for row in catalogue("recipes"))
+
+
+@pytest.mark.parametrize("layers", [2, 3, 8, 11, 32, 40])
+@pytest.mark.parametrize("name", ["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"])
+def test_mixed_recipes_choose_as_mlx_lm_does(name, layers):
+    convert = pytest.importorskip("mlx_lm.convert")
+    projections = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
+    projections += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    paths = [
+        "model.embed_tokens",
+        *(f"model.layers.{i}.{part}" for i in range(layers) for part in projections),
+        "lm_head",
+    ]
+
+    class Skeleton:
+        """As much of an mlx-lm model as its recipe builder looks at."""
+
+        def named_modules(self):
+            return [(path, None) for path in paths]
+
+    skeleton = Skeleton()
+    skeleton.layers = [None] * layers
+    predicate = convert.mixed_quant_predicate_builder(name, skeleton, 64)
+    for path in paths:
+        expected = predicate(path, None)
+        assert RECIPES[name].choose(path, stock_role(path), (64, 64), Settings(4, 64), layers).to_dict() == expected, (
+            path
+        )
+
+
+def test_models_that_keep_their_routers_at_eight_bits_are_mlx_lms():
+    """The table against the source text of the installed mlx-lm, where each model states its own predicate."""
+    models = Path(pytest.importorskip("mlx_lm.models").__path__[0])
+    stated = {
+        path.stem
+        for path in models.glob("*.py")
+        if (body := re.search(r"def quant_predicate\(self.*?\n        return predicate\n", path.read_text(), re.DOTALL))
+        and re.search(r"(gate|router|gate_proj|layer|proj)\".*\n?.*\{\"group_size\": 64, \"bits\": 8\}", body[0])
+    }
+    known = ROUTER_AT_EIGHT_BITS | set(OWN_RULES)
+    assert {"qwen3_moe", "gpt_oss", "minimax"} <= stated
+    assert stated <= known, stated - known
+    assert default_recipe("llama").rules == () and default_recipe("mixtral").rules == ()
+    settings = default_recipe("gpt_oss").choose("model.layers.3.mlp.router", "router", (32, 64), Settings(4, 32), 4)
+    assert settings == Settings(8, 64)
+
+
+def test_spread_is_not_all_blocks():
+    assert [block for block in range(16) if in_spread(block, 16)] == [0, 1, 4, 7, 10, 13, 14, 15]
+
+
+def test_bits_a_weight_counts_everything(talkie, tmp_path):
+    result = quantize(talkie, tmp_path / "target", bits=3, dry_run=True)
+    assert sum(module.nbytes for module in result.plan) + GAIN_BYTES == result.payload_bytes
+    assert sum(math.prod(module.shape) for module in result.plan) + 40 * 43 == result.parameters
+    assert replace(result, plan=[]).skipped == {}

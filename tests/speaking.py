@@ -1,0 +1,48 @@
+"""A tiny Talkie that has a tokenizer, and processes that cannot import isomorph."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tiny import tiny_config, write_checkpoint
+
+#: 256 bytes and a few pairs; the five special tokens take the last ids.
+PAIRS = (b"th", b"he", b"in", b"er", b"re", b"on", b"at", b"nd", b"is", b"it")
+TOKENS = [*(bytes([byte]) for byte in range(256)), *PAIRS]
+VOCABULARY = len(TOKENS) + 5
+
+#: What such a process starts with.
+BLOCKED = "import sys\nsys.modules['isomorph'] = None\n"
+
+
+def with_tokenizer(folder: Path, **overrides: Any) -> Path:
+    """A tiny instruct Talkie with its vocabulary, in the `transformers` layout."""
+    config = tiny_config(vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, **overrides)
+    write_checkpoint(folder, config)
+    lines = (f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(TOKENS))
+    (folder / "vocab.txt").write_text("".join(lines))
+    return folder
+
+
+def environment() -> dict[str, str]:
+    """Nothing is downloaded, and one thread is enough."""
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def without_isomorph(script: str, *arguments: str | Path) -> Any:
+    """Run `script` where importing isomorph fails and nothing is downloaded; its last line is JSON."""
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED + script, *map(str, arguments)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
