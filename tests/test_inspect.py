@@ -73,6 +73,9 @@ def test_code_that_is_missing_is_noticed(tmp_path: Path) -> None:
     folded = convert(tmp_path / "m", tmp_path / "t", layout="mlx-folded").path
     (folded / "modeling_mlx.py").unlink()
     assert "not there" in inspect(folded).loads["mlx-lm"]
+    transformers = convert(tmp_path / "m", tmp_path / "u", "transformers").path
+    (transformers / "modeling_torch.py").unlink()
+    assert "modeling_torch.py, which is not there" in inspect(transformers).loads["transformers"]
     config = json.loads((folded / "config.json").read_text())
     del config["model_file"]
     (folded / "config.json").write_text(json.dumps(config))

@@ -35,6 +35,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "load": "isomorph.load",
+    "pocket": "isomorph.pocket",
     "convert": "isomorph.convert",
     "inspect": "isomorph.inspect",
     "quantize": "isomorph.quantize",

@@ -15,7 +15,7 @@ from typing import Any
 from isomorph import __version__, architectures, port
 from isomorph.architectures.base import Architecture
 from isomorph.checkpoint.container import MAX_SHARD_BYTES, Container, safetensors_files, torch_container
-from isomorph.checkpoint.source import Checkpoint, open_checkpoint
+from isomorph.checkpoint.source import INDEX, Checkpoint, open_checkpoint
 from isomorph.checkpoint.target import check_target
 from isomorph.checkpoint.tensor import FLOATING, Tensor
 from isomorph.checkpoint.writer import Content, file_identity, write_folder
@@ -122,7 +122,8 @@ def convert(
         dropped=dict(plan.dropped),
     )
     if dry_run:
-        return result(files=[file.name for file in weights] + list(plan.files), dry_run=True)
+        index = [INDEX] if len(weights) > 1 else []
+        return result(files=[*(file.name for file in weights), *plan.files, *index], dry_run=True)
     files = {**plan.files, **tokenizer_files(checkpoint, architecture, plan)}
     inputs = {
         "isomorph": __version__,

@@ -151,14 +151,23 @@ def _loads(checkpoint: Checkpoint, layout: port.Layout) -> dict[str, str]:
     for library, how in layout.loads.items():
         code = {"transformers": "auto_map", "mlx-lm": "model_file"}[library]
         # The layout relies on code that ships with the folder: is it there?
+        missing = [name for name in _code_files(config.get(code)) if not (checkpoint.folder / name).is_file()]
         if code in layout.keys and code not in config:
             how = f"no: config.json names no code for it ({code}); convert it again"
-        elif code == "model_file" and code in config and not (checkpoint.folder / str(config[code])).is_file():
-            how = f"no: config.json names {config[code]}, which is not there; convert it again"
+        elif code in layout.keys and missing and checkpoint.kind != "config":
+            how = f"no: config.json names {missing[0]}, which is not there; convert it again"
         elif checkpoint.kind == "safetensors" and checkpoint.config is None:
             how = "no: there is no config.json; convert it again"
         loads[library] = how
     return loads
+
+
+def _code_files(value: Any) -> list[str]:
+    """Files that config.json's `model_file`, or `auto_map` (`module.Class`, or `owner/name--module.Class`), names."""
+    if isinstance(value, str):
+        return [value]
+    classes = value.values() if isinstance(value, Mapping) else ()
+    return sorted({f"{name.partition('.')[0]}.py" for name in classes if isinstance(name, str) and "--" not in name})
 
 
 def _stock_loads(checkpoint: Checkpoint, model_type: str) -> dict[str, str]:

@@ -34,8 +34,8 @@ def anonymous():
 
 from isomorph.convert import convert
 source, target, layout, dtype, hold = sys.argv[1:]
-if source.endswith(".pt"):
-    import torch
+if source.endswith(".pt") or list(Path(source).glob("*.pt")):
+    import torch  # What the library itself takes is not the stream's.
 base = peak = anonymous()
 done = threading.Event()
 

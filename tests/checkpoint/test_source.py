@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,17 @@ def test_overrides_come_from_a_mapping_or_a_file(tmp_path: Path) -> None:
 def config_of(checkpoint: Checkpoint) -> dict[str, Any]:
     assert checkpoint.config is not None
     return checkpoint.config
+
+
+def test_an_original_file_goes_by_the_config_beside_it(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    torch.save({"a": torch.ones(2)}, tmp_path / "x.pt")
+    assert open_checkpoint(tmp_path / "x.pt").config is None
+    assert open_checkpoint(tmp_path / "x.pt", config={"rope_theta": 7.0}).overrides == {"rope_theta": 7.0}
+    (tmp_path / "config.json").write_text('{"model_type": "talkie", "rope_theta": 5.0}')
+    for source in (tmp_path / "x.pt", tmp_path):
+        assert config_of(open_checkpoint(source))["rope_theta"] == 5.0
+        assert config_of(open_checkpoint(source, config={"rope_theta": 7.0}))["rope_theta"] == 7.0
 
 
 INDEX_FAULTS = {
@@ -141,6 +153,13 @@ def test_names_that_are_neither_path_nor_hub_id(tmp_path: Path, name: str, monke
         open_checkpoint(name)
 
 
+@pytest.mark.parametrize("name", ["a" * 5000, "a\0b", "a--b/c", "a/b..c"])
+def test_names_that_no_file_system_takes(name: str) -> None:
+    with pytest.raises(InputError) as caught:
+        open_checkpoint(name)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_hub_id_out_of_reach_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
@@ -170,3 +189,11 @@ def test_a_cached_hub_id_is_opened_offline(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "model.safetensors").unlink()
     assert open_checkpoint("someone/model").kind == "config"
     assert any("*.ckpt" in patterns for _, patterns in asked[1:])
+
+
+def test_the_documented_example_runs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "docs/checkpoints.md", "exec"), {})

@@ -110,6 +110,27 @@ def test_damage_to_finished_parts_is_repaired(tmp_path: Path, monkeypatch: pytes
     assert all(content(target)[name] == data for name, data in content(tmp_path / "whole").items())
 
 
+def test_a_run_cut_while_it_checks_what_is_there_forgets_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "cut"
+    interrupt(target, "torch", 4, "kill")
+    for checked in range(3):
+        original, calls = writing._checksum, []
+
+        def checksum(*arguments: Any, original: Any = original, calls: Any = calls, checked: int = checked) -> int:
+            calls.append(arguments)
+            if len(calls) > checked:
+                raise KeyboardInterrupt
+            return original(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(writing, "_checksum", checksum)
+            with pytest.raises(KeyboardInterrupt):
+                write_folder(target, containers("torch", tensors()), {"config.json": b"{}"}, inputs="same")
+    assert interrupt(target, "torch", 0, "interrupt").stdout.split() == ["t4"]
+
+
 @pytest.mark.parametrize("change", ["inputs", "tensors", "journal", "extra"])
 def test_nothing_of_another_plan_is_reused(tmp_path: Path, change: str) -> None:
     target = tmp_path / "cut"

@@ -92,6 +92,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 def test_a_bare_file_says_what_was_assumed(tmp_path: Path, model: Path) -> None:
     pytest.importorskip("torch")
     assert run(["convert", str(model), str(tmp_path / "o"), "--to", "original"]) == 0
+    (tmp_path / "o" / "config.json").unlink()
     command = [sys.executable, "-m", "isomorph", "inspect", str(tmp_path / "o" / "model.pt"), "--json"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0

@@ -239,6 +239,14 @@ def test_a_stream_can_be_interrupted(tokenizer):
     assert pieces.result.finish_reason == "interrupted" and "".join(taken) == pieces.result.text == "AA"
 
 
+def test_a_stream_can_be_interrupted_while_the_prompt_is_read(tokenizer):
+    model = FakeModel(hashed_rule(VOCABULARY), VOCABULARY, 2000, tokenizer)
+    pieces = stream(model, [65] * 1200)
+    model.rule = lambda tokens: pieces.interrupt() or np.zeros(VOCABULARY, np.float32)
+    assert list(pieces) == [] and model.fed == [(1, 512)]
+    assert pieces.result.finish_reason == "interrupted" and pieces.result.token_ids == []
+
+
 def test_stop_ids_are_the_union_of_what_the_files_say(tokenizer, tmp_path):
     model = FakeModel(hashed_rule(VOCABULARY), VOCABULARY)
     assert stop_rules(model).ids == frozenset()

@@ -63,6 +63,33 @@ def test_any_filters_leave_a_distribution_with_the_likeliest_token(logits, tempe
     np.testing.assert_allclose(found.sum(), 1, rtol=1e-12)
 
 
+def test_filters_are_those_of_transformers():
+    torch = pytest.importorskip("torch")
+    from transformers.generation import logits_process as theirs
+
+    random = np.random.default_rng(3)
+    worst = 0.0
+    for _ in range(60):
+        logits = random.normal(0, 4, 50).astype(np.float32)
+        prompt = random.integers(0, 50, 12)
+        temperature, top_p = random.uniform(0.3, 2), random.uniform(0.2, 0.99)
+        top_k, min_p, penalty = int(random.integers(2, 40)), random.uniform(0.001, 0.1), random.uniform(0.8, 1.5)
+        steps = [
+            theirs.RepetitionPenaltyLogitsProcessor(penalty),
+            theirs.TemperatureLogitsWarper(temperature),
+            theirs.TopKLogitsWarper(top_k),
+            theirs.TopPLogitsWarper(top_p),
+            theirs.MinPLogitsWarper(min_p),
+        ]
+        scores = torch.from_numpy(logits.astype(np.float64))[None]
+        for step in steps:
+            scores = step(torch.from_numpy(prompt)[None], scores)
+        seen = np.isin(np.arange(50), prompt)
+        found = Sampling(temperature, top_p, top_k, min_p, penalty).probabilities(logits, seen)
+        worst = max(worst, np.abs(found - scores.softmax(-1)[0].numpy()).max())
+    assert worst < 1e-12
+
+
 def chi_squared(drawn: np.ndarray, expected: np.ndarray) -> float:
     counts = np.bincount(drawn, minlength=len(expected))
     return float((((counts - len(drawn) * expected) ** 2) / (len(drawn) * expected)).sum())

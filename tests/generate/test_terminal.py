@@ -22,7 +22,10 @@ TESTS = Path(__file__).resolve().parents[1]
 #: Answers `abab...` slowly and without end to a message that ends in `slow`, says `a` and hangs after one that ends in
 #: `stuck`, and answers `ok` to any other.
 SCRIPT = """
-import sys, time
+import fcntl, sys, termios, time
+if sys.stdin.isatty():
+    # Keys such as Ctrl-C reach the session whose controlling terminal this is.
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 import numpy as np
 from fake_model import FakeModel, small_tokenizer
 from isomorph.generate import Conversation
@@ -59,7 +62,6 @@ class Terminal:
             stderr=slave,
             env=environment,
             start_new_session=True,
-            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
         )
         os.close(slave)
         self.shown = ""

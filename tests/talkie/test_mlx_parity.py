@@ -122,6 +122,18 @@ def test_positions_past_the_tables_are_still_right(tables: str) -> None:
     assert error(build(config | {"max_position_embeddings": 32}, tensors), ids, reference) <= 1
 
 
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
+def test_tables_are_those_of_torch_to_the_last_bit(head_dim: int) -> None:
+    """At the published base and length; one other entry is an error of 1e-3 at its position."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    angles = torch.outer(torch.arange(2048, dtype=torch.float32), 1.0 / (1_000_000.0**exponents))
+    args = modeling_mlx.ModelArgs(head_dim=head_dim, rope_theta=1_000_000.0, max_position_embeddings=2048)
+    for ours, theirs in zip(modeling_mlx.rope_tables(args), (angles.cos(), angles.sin())):
+        assert np.array_equal(np.array(ours.astype(mx.float32)), theirs.bfloat16().float().numpy())
+    other = modeling_mlx.rope_tables(modeling_mlx.ModelArgs(head_dim=head_dim, rope_theta=1_000_001.0))
+    assert not np.array_equal(np.array(other[0].astype(mx.float32)), angles.cos().bfloat16().float().numpy())
+
+
 def test_bfloat16_is_as_close_to_exact_as_rounding_allows() -> None:
     """The port's error in bfloat16 against that of the same weights and the same arithmetic in another library."""
     config, tensors, ids = case("faithful")

@@ -18,7 +18,7 @@ from isomorph.architectures.talkie import modeling_mlx
 from isomorph.frameworks.model import Model
 from isomorph.verify.tolerance import allowed_logit_difference
 from speaking import VOCABULARY, with_tokenizer, without_isomorph
-from tiny import tiny_config, tiny_tensors
+from tiny import tiny_config, tiny_tensors, write_checkpoint
 
 #: Prompts of unequal length, one of them a single token.
 PROMPTS = [
@@ -132,6 +132,21 @@ def test_both_heads_load_and_a_second_sanitize_changes_nothing() -> None:
     for name in ("lm_head", "lm_head_gain.w_g"):
         with pytest.raises(ValueError, match="lm_head"):
             model.load_weights(list(model.sanitize({k: v for k, v in weights.items() if k != name}).items()))
+
+
+@pytest.mark.parametrize("layout", ["original", "transformers", "transformers-folded", "mlx-lm", "mlx-folded", "flax"])
+def test_every_layout_computes_what_it_computes_in_torch(layout: str, tmp_path: Path) -> None:
+    """In float32 from bfloat16 weights: a bare head is folded without rounding, a folded one keeps its rounding."""
+    source = write_checkpoint(tmp_path / "source", tiny_config(dtype="bfloat16", torch_dtype="bfloat16"), seed=8)
+    isomorph.convert(source, tmp_path / layout, layout=layout)
+    ids = np.random.default_rng(8).integers(0, 96, (1, 40))
+    bare = isomorph.load(source, framework="torch", dtype="float32").logits(ids)
+    reference = isomorph.load(tmp_path / layout, framework="torch", dtype="float32").logits(ids)
+    model = isomorph.load(tmp_path / layout, framework="mlx", dtype="float32")
+    allowed = allowed_logit_difference(reference)
+    assert np.abs(model.logits(ids) - reference).max() <= allowed
+    assert (np.abs(model.logits(ids) - bare).max() > 100 * allowed) == layout.endswith("folded")
+    assert isomorph.load(tmp_path / layout, framework="mlx").dtype == "bfloat16"
 
 
 @pytest.mark.parametrize("change, complaint", [

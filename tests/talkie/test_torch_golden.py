@@ -14,10 +14,10 @@ import torch
 
 import isomorph
 from conftest import assert_logits_close
-from golden.make_talkie import CASES, FOLDER, case, fingerprint
+from golden.make_talkie import CASES, FOLDER, case, fingerprint, forward
 from isomorph.architectures.talkie import modeling_torch
 from isomorph.frameworks.model import Model
-from tiny import write_checkpoint
+from tiny import tiny_config, tiny_tensors, write_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +77,25 @@ def test_numpy_reference(goldens: dict[str, Golden], name: str) -> None:
     assert_logits_close(model.logits(golden.ids), golden.logits)
     assert_hidden_states_close(model.hidden_states(golden.ids), golden.hidden_states)
     np.testing.assert_array_equal(greedy(model, golden.ids, golden.greedy.shape[1]), golden.greedy)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "length"),
+    [
+        ({"num_attention_heads": 1, "head_dim": 2, "num_hidden_layers": 1}, 20),
+        ({"num_attention_heads": 5, "head_dim": 6, "hidden_size": 20, "intermediate_size": 33}, 64),
+        ({"num_hidden_layers": 5, "rope_theta": 4e7, "rms_norm_eps": 1e-3, "rope_table_dtype": "float32"}, 100),
+        ({"head_dim": 64, "num_attention_heads": 2, "rope_theta": 1e6, "max_position_embeddings": 1024}, 600),
+    ],
+    ids=["one head", "odd sizes", "deep", "long prompt"],
+)
+def test_other_shapes(tmp_path: Path, overrides: dict[str, Any], length: int) -> None:
+    config = tiny_config(**overrides)
+    ids = np.random.default_rng(2).integers(0, config["vocab_size"], (1, length))
+    logits, states = forward(config, tiny_tensors(config, seed=13), ids)
+    model = isomorph.load(write_checkpoint(tmp_path, config, seed=13))
+    assert_logits_close(model.logits(ids), logits)
+    assert_hidden_states_close(model.hidden_states(ids), np.stack(states))
 
 
 @pytest.mark.parametrize("source", ["hf", "original.pt"])

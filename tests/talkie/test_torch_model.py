@@ -278,6 +278,11 @@ def test_flex_attention_equals_sdpa(ids: torch.Tensor, expected: torch.Tensor) -
         close(logits[row, count:], expected[row, : LENGTH - count])
 
 
+@pytest.mark.full
+def test_compiled_flex_attention_equals_sdpa(ids: torch.Tensor, expected: torch.Tensor) -> None:
+    close(build("flex_attention")(ids).logits, expected)
+
+
 # Generation
 
 
@@ -334,12 +339,14 @@ def test_generation_returns_attentions_and_hidden_states(model: TalkieForCausalL
     assert all(len(step) == 4 for step in out.hidden_states)
 
 
-def test_static_cache_compiles_to_one_graph(ids: torch.Tensor, expected: torch.Tensor) -> None:
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.full)])
+def test_static_cache_compiles_to_one_graph(ids: torch.Tensor, expected: torch.Tensor, backend: str) -> None:
     """`fullgraph=True` raises at any graph break; the eager backend leaves out only the code generation."""
+    torch._dynamo.reset()
     model = build()
     cache = StaticCache(config=model.config, max_cache_len=LENGTH)
     prefill = model(ids[:, :20], past_key_values=cache).logits
-    step: Callable[..., Any] = torch.compile(model.forward, fullgraph=True, backend="eager")
+    step: Callable[..., Any] = torch.compile(model.forward, fullgraph=True, backend=backend)
     steps = [step(ids[:, at : at + 1], past_key_values=cache).logits for at in range(20, LENGTH)]
     close(torch.cat([prefill, *steps], dim=1), expected)
 

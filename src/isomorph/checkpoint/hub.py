@@ -25,6 +25,7 @@ def fetch(repository: str) -> Path:
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -44,6 +45,11 @@ def fetch(repository: str) -> Path:
         raise InputError(
             f"expected an existing path or a Hub id; found {repository!r}, which is neither here nor on the Hub; "
             "check the spelling (a private repository needs `hf auth login`)"
+        ) from None
+    except HFValidationError:
+        raise InputError(
+            f"expected an existing path or a Hub id (owner/name); found {repository!r}, which is neither; "
+            "check the spelling"
         ) from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
         reason = type(error).__name__

@@ -61,12 +61,20 @@ def open_checkpoint(
     """
     if isinstance(source, Checkpoint):
         return source
-    overrides = _overrides(config)
-    path = _locate(source)
-    if path.is_file():
-        return _torch_checkpoint(path, path, None, overrides)
-    own = path / "config.json"
+    try:
+        return _open(_locate(source), _overrides(config))
+    except OSError as error:
+        raise InputError(
+            f"expected a readable checkpoint; found {source}: {error.strerror}; correct the path"
+        ) from None
+
+
+def _open(path: Path, overrides: dict[str, Any]) -> Checkpoint:
+    # A config.json beside an original file is its own: convert writes one there.
+    own = (path.parent if path.is_file() else path) / "config.json"
     values = {**read_json(own), **overrides} if own.is_file() else None
+    if path.is_file():
+        return _torch_checkpoint(path, path, values, overrides)
     if (path / SINGLE).is_file():
         return _safetensors_checkpoint(path, [path / SINGLE], None, values, overrides)
     if (path / INDEX).is_file():
@@ -117,6 +125,8 @@ def _locate(source: str | Path) -> Path:
         from isomorph import pocket
 
         return pocket.path(source.removeprefix(POCKET))
+    if "\0" in str(source):
+        raise InputError(f"expected a path or a Hub id; found {str(source)!r}, which no path can be")
     path = Path(source).expanduser()
     if path.is_dir():
         return path

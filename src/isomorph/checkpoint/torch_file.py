@@ -67,6 +67,8 @@ def _state(path: Path, document: Any) -> Mapping[str, Any]:
         )
     for key in STATE_KEYS:
         if isinstance(document.get(key), Mapping):
+            if rest := [str(name) for name in document if name != key]:
+                logger.info("%s: tensors are under %r; ignored beside it: %s", path.name, key, ", ".join(rest))
             return document[key]
     return document
 

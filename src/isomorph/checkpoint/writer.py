@@ -126,9 +126,13 @@ def _resumed(journal: IO[str], partial: Path, fingerprint: str) -> dict[tuple[st
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     journal.seek(0)
     journal.truncate()
-    journal.write(fingerprint + "\n")
+    journal.write("\n".join([fingerprint, *(_line(*key, checksum) for key, checksum in finished.items())]) + "\n")
     journal.flush()
     return finished
+
+
+def _line(name: str, offset: int, checksum: int) -> str:
+    return json.dumps([name, offset, checksum])
 
 
 def _write_container(
@@ -143,10 +147,10 @@ def _write_container(
                 file.seek(offset)
                 checksum = _write_tensor(file, tensor, advance)
                 file.flush()
+                journal.write(_line(container.name, offset, checksum) + "\n")
+                journal.flush()
             else:
                 advance(tensor.nbytes)
-            journal.write(json.dumps([container.name, offset, checksum]) + "\n")
-            journal.flush()
             checksums.append(checksum)
         for offset, data in container.literals(checksums):
             file.seek(offset)

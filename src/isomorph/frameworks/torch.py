@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from isomorph.errors import InputError, did_you_mean
 from isomorph.frameworks.model import Model
 from isomorph.frameworks.torch_state import TorchDecodeState
 from isomorph.port import mapped
+
+logger = logging.getLogger(__name__)
 
 FRAMEWORK = "torch"
 
@@ -80,7 +83,9 @@ def own_model(architecture: Architecture, checkpoint: Checkpoint, config: Any, d
         if name.startswith(architecture.native[FRAMEWORK])
         and all(getattr(config, key) == value for key, value in entry.config.items())
     )
-    tensors = list(mapped(checkpoint, architecture, layout, config=config))
+    # What is dequantized for a wide dtype is not rounded to a narrow one first; MLX does not either.
+    wide = "float32" if checkpoint.quantization is not None and dtype in ("float32", "float64") else None
+    tensors = list(mapped(checkpoint, architecture, layout, config=config, dtype=wide))
     target = getattr(torch, dtype or main_dtype(tensors))
     values = {key: value for key, value in config.to_dict().items() if key != "model_type"}
     model_class = getattr(file, config_name.removesuffix("Config") + "ForCausalLM")
@@ -114,6 +119,7 @@ def stock_model(checkpoint: Checkpoint, dtype: str | None, trust_remote_code: bo
     """Whatever Transformers makes of the folder, and its config."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.utils import logging as transformers_logging
 
     if checkpoint.kind == "torch":
         raise InputError(
@@ -135,6 +141,8 @@ def stock_model(checkpoint: Checkpoint, dtype: str | None, trust_remote_code: bo
             f"expected a model_type that isomorph or Transformers knows; found {model_type!r}"
             f"{did_you_mean(str(model_type), CONFIG_MAPPING_NAMES)}; {advice}"
         )
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # its report of misfits is a table; ours is one line
     try:
         config = AutoConfig.from_pretrained(
             checkpoint.path, trust_remote_code=trust_remote_code, **checkpoint.overrides
@@ -144,6 +152,7 @@ def stock_model(checkpoint: Checkpoint, dtype: str | None, trust_remote_code: bo
             config=config,
             dtype=dtype or "auto",
             trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
     except LOADING_ERRORS as error:
@@ -152,14 +161,20 @@ def stock_model(checkpoint: Checkpoint, dtype: str | None, trust_remote_code: bo
             f"expected a {model_type} model that Transformers loads from {checkpoint.path}; found: {reason[0]}; "
             "correct the folder"
         ) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
     module, report = loaded
-    wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    unknown = sorted(report["unexpected_keys"])
+    wrong = [f"no {name!r}{did_you_mean(name, unknown)}" for name in sorted(report["missing_keys"])]
+    wrong += [f"{name!r} of another shape" for name in sorted(str(key[0]) for key in report["mismatched_keys"])]
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise InputError(
-            f"expected every parameter of {type(module).__name__} in {checkpoint.path}; found {wrong[0]!r} missing or "
-            f"misshapen{more}; correct the weights or config.json"
+            f"expected every parameter of {type(module).__name__} in {checkpoint.path}; found {wrong[0]}{more}; "
+            "correct the weights or config.json"
         )
+    if unknown:
+        logger.warning("%s has no place for %d tensors, %s first", type(module).__name__, len(unknown), unknown[0])
     return module, config
 
 

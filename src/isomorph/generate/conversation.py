@@ -12,7 +12,7 @@ from isomorph.frameworks.model import DecodeState, Model
 from isomorph.generate.answers import TextStream, make_rows
 from isomorph.generate.engine import Generation, decode
 from isomorph.generate.options import Options
-from isomorph.generate.prompts import encode_messages
+from isomorph.generate.prompts import encode_messages, has_chat_template
 
 Message = dict[str, str]
 
@@ -39,7 +39,9 @@ class Conversation:
         self._state: DecodeState | None = None
         self._held: list[int] = []
         self._capacity = 0
-        # Refuses a model that cannot chat, and options it cannot meet, before anyone has typed anything.
+        if model.tokenizer is not None and not has_chat_template(model):
+            raise InputError("expected a model to chat with; its tokenizer has no chat template; use generate instead")
+        # Refuses options that the model cannot meet before anyone has typed anything.
         empty: list[Message] = [{"role": "user", "content": ""}]
         make_rows(model, [encode_messages(model, [*self.system, *empty])], self.options)
 

@@ -57,9 +57,18 @@ def unfolded(tensor: Tensor, names: Sequence[str], folder: Path | None) -> list[
         return sidecar.restored(tensor.blocks())
 
     return [
-        Tensor(weight_name, tensor.shape, tensor.dtype, lambda: np.concatenate(list(stream())), stream),
+        Tensor(weight_name, tensor.shape, tensor.dtype, lambda: _gathered(tensor, stream()), stream),
         Tensor(gain_name, sidecar.gain.shape, str(sidecar.gain.dtype), lambda: sidecar.gain),
     ]
+
+
+def _gathered(like: Tensor, blocks: Iterator[np.ndarray]) -> np.ndarray:
+    whole = np.empty(like.shape, NUMPY_DTYPES[like.dtype])
+    row = 0
+    for block in blocks:
+        whole[row : row + len(block)] = block
+        row += len(block)
+    return whole
 
 
 def multiply(block: np.ndarray, gain: np.ndarray) -> np.ndarray:

@@ -10,14 +10,7 @@ from isomorph.evaluate.metrics import compare_logits, rms
 from isomorph.verify.capture import Capture
 from isomorph.verify.certificate import FAIL, PASS, Check, Level, Tap
 from isomorph.verify.noise import measure_noise
-from isomorph.verify.tolerance import (
-    MAX_NOISE_RATIO,
-    NOISE_REASON,
-    NORM_VARIANCE,
-    PRODUCT_VARIANCE,
-    RULE_REASON,
-    allowed_logit_difference,
-)
+from isomorph.verify.tolerance import MAX_NOISE_RATIO, NOISE_REASON, RULE_REASON, allowed_logit_difference
 
 #: Positions are reported in so many stretches, so that an error that grows with the position shows.
 SEGMENTS = 8
@@ -35,7 +28,7 @@ def compare(candidate: Capture, reference: Capture, exact: Capture | None, width
     floor = compare_logits(exact.logits, reference.logits) if exact else None
     ratio = None
     if exact is not None:
-        summed = candidate.hidden[-1].shape[-1] * PRODUCT_VARIANCE
+        summed = candidate.hidden[-1].shape[-1]
         ratio = measure_noise(candidate.logits, reference.logits, exact.logits, candidate.dtype, summed).ratio
     return Level(
         dtype=candidate.dtype,
@@ -101,9 +94,7 @@ def _taps(candidate: Capture, reference: Capture, exact: Capture | None) -> list
         difference = ours.astype(np.float64) - theirs
         size = rms(theirs)
         if exact is not None:
-            # The first state is a norm at most; the others come out of matrix products over the hidden size.
-            summed = ours.shape[-1] * (PRODUCT_VARIANCE if index else NORM_VARIANCE)
-            noise = measure_noise(ours, theirs, exact.hidden[index], candidate.dtype, summed)
+            noise = measure_noise(ours, theirs, exact.hidden[index], candidate.dtype, summed=ours.shape[-1])
             error, floor, ratio, limit = noise.error, noise.floor, noise.ratio, MAX_NOISE_RATIO
         else:
             # Without an exact run there is only the numeric rule, which a hidden state obeys like logits do.

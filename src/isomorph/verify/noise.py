@@ -31,7 +31,7 @@ class Noise:
 
 
 def measure_noise(
-    candidate: np.ndarray, reference: np.ndarray, exact: np.ndarray, dtype: str, summed: float = 0.0
+    candidate: np.ndarray, reference: np.ndarray, exact: np.ndarray, dtype: str, summed: int = 0
 ) -> Noise:
     """Errors of `candidate` and `reference`, both computed in `dtype`, against `exact`; all `[N, D]`.
 

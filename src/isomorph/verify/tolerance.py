@@ -28,18 +28,12 @@ def allowed_logit_difference(reference: Any, dtype: str = "float32") -> float:
     return 2e-5 * float(np.maximum(1.0, largest / 10)) * UNIT_ROUNDOFF[dtype] / UNIT_ROUNDOFF["float32"]
 
 
-#: Relative variance of a float32 sum of K terms taken one after another, in units of K * u^2. Each partial sum adds an
-#: error uniform within half a spacing: K/6 when terms have random signs (a matrix product), K/9 when all are positive,
-#: which the square root of a norm makes K/36.
-PRODUCT_VARIANCE, NORM_VARIANCE = 1 / 6, 1 / 36
-
-
-def least_noise(values: Any, dtype: str, summed: float = 0.0) -> float:
+def least_noise(values: Any, dtype: str, summed: int = 0) -> float:
     """RMS error that `values` computed in `dtype` may have whatever the implementation; a noise floor is no lower.
 
-    Storing them: u * rms / sqrt(3), errors uniform within half a spacing. Summing in float32 one after another before
-    that: `summed` = K * PRODUCT_VARIANCE or NORM_VARIANCE. A reference that sums in a tree does better, which obliges
-    nobody.
+    Storing them: u * rms / sqrt(3), errors uniform within half a spacing. Before that, sums of `summed` terms taken one
+    after another in float32: K errors of that kind, each of a partial sum, which add up to u * sqrt(K / 6) of the
+    result. A reference that sums in a tree does better, which obliges nobody.
     """
     size = float(np.sqrt(np.mean(np.square(np.asarray(values, dtype=np.float64)))))
-    return size * (UNIT_ROUNDOFF[dtype] ** 2 / 3 + UNIT_ROUNDOFF["float32"] ** 2 * summed) ** 0.5
+    return size * (UNIT_ROUNDOFF[dtype] ** 2 / 3 + UNIT_ROUNDOFF["float32"] ** 2 * summed / 6) ** 0.5

@@ -200,7 +200,7 @@ class TalkieModel(nnx.Module):
         cache: list[KeyValue] | None = None,
         offset: jax.Array | int = 0,
     ) -> tuple[list[jax.Array], list[KeyValue] | None]:
-        """ids [B, T] -> hidden states and cache: un-normed, block 0's input, then each block's output, L + 1 of [B, T, D].
+        """ids [B, T] -> hidden states (block 0's input, each block's output; L + 1 of [B, T, D], un-normed), cache.
 
         `positions` [B, T] count from 0 (default: the columns). `mask` [B, 1, T, S], true where a query may look
         (default: causal; with a cache it is required). `offset` is the cache's slot of the first token.

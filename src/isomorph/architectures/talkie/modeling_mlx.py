@@ -14,8 +14,8 @@ Shapes: B batch, T tokens, D hidden_size, H heads, K head_dim, F intermediate_si
 S cached and new tokens, P positions in the tables.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: mlx-lm runs a model_file outside sys.modules, where a dataclass could not
+# resolve its annotations.
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

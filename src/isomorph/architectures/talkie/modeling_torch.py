@@ -107,8 +107,17 @@ def rope_tables(position_ids: torch.Tensor, config: TalkieConfig) -> tuple[torch
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=position_ids.device) / config.head_dim
     frequencies = 1.0 / (config.rope_theta**exponents)  # [K/2]
     angles = position_ids[:, :, None, None].float() * frequencies  # [B, T, 1, K/2]
-    dtype = getattr(torch, config.rope_table_dtype)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    if config.rope_table_dtype == "float32":
+        return cos, sin
+    return round_to_bfloat16(cos), round_to_bfloat16(sin)
+
+
+def round_to_bfloat16(x: torch.Tensor) -> torch.Tensor:
+    """float32 to bfloat16, to nearest even; spelt out in bits because torch.compile drops a cast there and back."""
+    bits = x.view(torch.int32)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & ~0xFFFF
+    return bits.view(torch.float32).to(torch.bfloat16)
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
