@@ -17,6 +17,7 @@ from isomorph.architectures.base import Architecture
 from isomorph.checkpoint import Checkpoint, Tensor
 from isomorph.errors import InputError, did_you_mean
 from isomorph.frameworks.model import Model
+from isomorph.frameworks.torch_quantized import quantized_model
 from isomorph.frameworks.torch_state import TorchDecodeState
 from isomorph.port import mapped
 
@@ -54,7 +55,10 @@ def load_model(
     """
     place = torch_device(device)
     if architecture is None:
-        module, config = stock_model(checkpoint, dtype, trust_remote_code)
+        if checkpoint.quantization is not None:
+            module, config = quantized_model(checkpoint, dtype, fast=numerics == "fast")
+        else:
+            module, config = stock_model(checkpoint, dtype, trust_remote_code)
         name = str(config.model_type)
     else:
         module, name = own_model(architecture, checkpoint, config, dtype), architecture.model_type
@@ -128,10 +132,6 @@ def stock_model(checkpoint: Checkpoint, dtype: str | None, trust_remote_code: bo
         )
     if not checkpoint.tensors:
         raise InputError(f"expected weights in {checkpoint.path}; found only a config; download or convert the weights")
-    if checkpoint.quantization is not None:
-        raise InputError(
-            f"expected unquantized weights for torch; found an MLX-quantized {checkpoint.path}; use framework mlx"
-        )
     values = checkpoint.config or {}
     model_type = values.get("model_type")
     remote = "AutoModelForCausalLM" in (values.get("auto_map") or {})

@@ -27,7 +27,7 @@ class PackedModule(nn.Module):
         self.register_buffer("biases", biases)
         self.settings = settings
         self.fast = fast
-        self._handle: tuple[int, Any] | None = None
+        self._handle: tuple[tuple[int, int], Any] | None = None
 
     @property
     def in_features(self) -> int:
@@ -39,7 +39,7 @@ class PackedModule(nn.Module):
 
     def handle(self) -> Any:
         """The extension's view of the buffers, made anew when they have moved."""
-        key = self.weight.data_ptr()
+        key = self.weight.data_ptr(), self.scales.data_ptr()
         if self._handle is None or self._handle[0] != key:
             self._handle = key, native.packed_handle(self.weight, self.scales, self.biases, self.settings)
         return self._handle[1]

@@ -32,8 +32,8 @@ def decode_scales(scales: torch.Tensor, mode: str) -> torch.Tensor:
     if mode == "nvfp4":
         return scales.view(torch.float8_e4m3fn).float()
     # E8M0: 2 ** (e - 127), and 255 is NaN.
-    values = torch.ldexp(torch.ones((), device=scales.device), scales.to(torch.int32) - 127)
-    return values.masked_fill(scales == 255, float("nan"))
+    bits = torch.where(scales == 0, 0x00400000, scales.to(torch.int32) << 23)
+    return bits.view(torch.float32).masked_fill(scales == 255, float("nan"))
 
 
 def dequantize(
