@@ -42,7 +42,7 @@ struct CodedRows {
 
 // y = s * scale * sum(q * code) + b * scale * sum(code) = sum(w * x~): the error is that of rounding x, weighted by w
 // itself. With exact sums of x beside b it would be weighted by the codes q, which are large where w is near zero.
-CodedRows code_rows(const Rows& rows, const float* x, int64_t k, int group) {
+inline CodedRows code_rows(const Rows& rows, const float* x, int64_t k, int group) {
   const int64_t groups = k / group, stride = (k + 63) / 64 * 64;
   auto* codes = static_cast<int8_t*>(scratch(kCodeSlot, size_t(rows.count * stride)));
   auto* scales = static_cast<float*>(scratch(kScaleSlot, size_t(rows.count * groups) * 4));

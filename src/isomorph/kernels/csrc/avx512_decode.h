@@ -45,28 +45,30 @@ const CentredTables<bits>& centred_tables() {
 // table looks up the low bits.
 template <int bits>
 struct Decode32 {
-  __m512i gather, shift;
-  Decode32() {
-    alignas(64) uint8_t g[64];
-    alignas(64) uint16_t s[32];
-    for (int i = 0; i < 32; ++i) {
-      g[2 * i] = uint8_t(i * bits / 8);
-      g[2 * i + 1] = uint8_t(i * bits / 8 + 1);  // past the last byte only where its bits are not used
-      s[i] = uint16_t(i * bits % 8);
+  struct Lanes {
+    alignas(64) uint8_t gather[64];
+    alignas(64) uint16_t shift[32];
+    constexpr Lanes() : gather(), shift() {
+      for (int i = 0; i < 32; ++i) {
+        gather[2 * i] = uint8_t(i * bits / 8);
+        gather[2 * i + 1] = uint8_t(i * bits / 8 + 1);  // past the last byte only where its bits are not used
+        shift[i] = uint16_t(i * bits % 8);
+      }
     }
-    gather = _mm512_load_si512(g);
-    shift = _mm512_load_si512(s);
-  }
+  };
+  static constexpr Lanes lanes{};
+  __m512i gather = _mm512_load_si512(lanes.gather), shift = _mm512_load_si512(lanes.shift);
+
   static __m512i load(const uint8_t* p) {
     if constexpr (bits == 4) return _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     if constexpr (bits == 2) return _mm512_castsi128_si512(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
     return load_bytes(p, 4 * bits);
   }
   __m512bh operator()(const uint8_t* p, const uint16_t* table) const {
-    __m512i lanes = _mm512_srlv_epi16(_mm512_permutexvar_epi8(gather, load(p)), shift);
+    __m512i codes = _mm512_srlv_epi16(_mm512_permutexvar_epi8(gather, load(p)), shift);
     __m512i out;
-    if constexpr (bits == 6) out = _mm512_permutex2var_epi16(_mm512_load_si512(table), lanes, _mm512_load_si512(table + 32));
-    else out = _mm512_permutexvar_epi16(lanes, _mm512_load_si512(table));
+    if constexpr (bits == 6) out = _mm512_permutex2var_epi16(_mm512_load_si512(table), codes, _mm512_load_si512(table + 32));
+    else out = _mm512_permutexvar_epi16(codes, _mm512_load_si512(table));
     return (__m512bh)out;
   }
 };
@@ -85,19 +87,23 @@ struct Decode32<8> {
 // 64 codes -> 64 bytes in order: vpmultishiftqb takes eight codes out of each 64-bit lane.
 template <int bits>
 struct Decode64 {
-  __m512i gather, shifts, mask, elements;
-  explicit Decode64(bool fp4) {
-    alignas(64) uint8_t g[64], s[64], e[64];
-    for (int i = 0; i < 64; ++i) {
-      g[i] = uint8_t(i / 8 * bits + std::min(i % 8, bits - 1));
-      s[i] = uint8_t(i % 8 * bits);
-      e[i] = fp4 ? uint8_t(12 + int(2 * from_e2m1(uint8_t(i & 15)))) : uint8_t(i);
+  struct Lanes {
+    alignas(64) uint8_t gather[64];
+    alignas(64) uint8_t shifts[64];
+    alignas(64) uint8_t elements[64];
+    constexpr Lanes() : gather(), shifts(), elements() {
+      constexpr int twice[8] = {0, 1, 2, 3, 4, 6, 8, 12};
+      for (int i = 0; i < 64; ++i) {
+        gather[i] = uint8_t(i / 8 * bits + (i % 8 < bits ? i % 8 : bits - 1));
+        shifts[i] = uint8_t(i % 8 * bits);
+        elements[i] = uint8_t(12 + (i & 8 ? -twice[i & 7] : twice[i & 7]));
+      }
     }
-    gather = _mm512_load_si512(g);
-    shifts = _mm512_load_si512(s);
-    elements = _mm512_load_si512(e);
-    mask = _mm512_set1_epi8(char((1 << bits) - 1));
-  }
+  };
+  static constexpr Lanes lanes{};
+  __m512i gather = _mm512_load_si512(lanes.gather), shifts = _mm512_load_si512(lanes.shifts);
+  __m512i elements = _mm512_load_si512(lanes.elements), mask = _mm512_set1_epi8(char((1 << bits) - 1));
+
   template <bool fp4>
   __m512i take(const uint8_t* p, int bytes) const {
     __m512i data = load_bytes(p, bytes);
@@ -133,7 +139,8 @@ inline GroupTerms group_terms(const Weights& w, int64_t index, __mmask16 mask) {
   __m512 scale = load_floats(w.scale_type, w.scales, index, mask);
   __m512 bias = load_floats(w.scale_type, w.biases, index, mask);
   __m512 largest = _mm512_set1_ps(float((1 << w.bits) - 1));
-  __m512 ratio = _mm512_div_ps(_mm512_sub_ps(_mm512_setzero_ps(), bias), scale);
+  // The reciprocal's 14 bits are enough: any code near w = 0 serves as zero point.
+  __m512 ratio = _mm512_mul_ps(_mm512_sub_ps(_mm512_setzero_ps(), bias), _mm512_rcp14_ps(scale));
   __m512 zero = _mm512_roundscale_ps(ratio, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   zero = _mm512_max_ps(_mm512_min_ps(zero, largest), _mm512_setzero_ps());  // a NaN becomes `largest`
   return {scale, _mm512_fmadd_ps(scale, zero, bias), zero};

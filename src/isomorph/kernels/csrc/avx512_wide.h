@@ -142,7 +142,7 @@ void panel_exact(const Weights& w, int64_t n0, int64_t k0, int64_t length, const
 
 template <int bits, bool fp4>
 void panel_fast(const Weights& w, int64_t n0, int64_t k0, int64_t length, const Panel& panel) {
-  const Decode64<bits> decode(fp4);
+  const Decode64<bits> decode;
   for (int block = 0; block < kPanel; block += 16)
     for (int64_t k = 0; k < length; k += 64) {
       __m512i v[16];
@@ -280,7 +280,7 @@ void wide_exact(const Weights& w, const Rows& rows) {
 
 void wide_fast(const Weights& w, const Rows& rows) {
   const int64_t groups = w.groups();
-  const CodedRows coded = code_rows(rows, float_rows(rows, w.columns), w.columns, w.group);
+  const CodedRows coded = code_rows_512(rows, w.columns, w.group);
   const float* terms[2] = {coded.sums, coded.scales};
   const PackedRows x = pack_rows(
       rows.count, w.columns, 4, groups, 2, [&](int64_t m) -> const void* { return coded.codes + m * coded.stride; },
