@@ -24,7 +24,7 @@ transformers = pytest.importorskip("transformers")
 COMMON = {
     "vocab_size": 160,
     "hidden_size": 64,
-    "intermediate_size": 96,
+    "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -48,7 +48,6 @@ MODELS: dict[str, dict] = {
     "phi": {"partial_rotary_factor": 0.5},
     "phi3": {},
     "olmo2": {},
-    "olmo": {},
     "olmoe": {"num_experts": 4, **EXPERTS},
     "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 64, "head_dim": 32, **EXPERTS},
     "qwen2_moe": {
@@ -60,14 +59,23 @@ MODELS: dict[str, dict] = {
     "smollm3": {},
     "granite": {},
     "starcoder2": {},
-    "stablelm": {},
+    "stablelm": {"partial_rotary_factor": 0.25},
     "cohere": {},
     "helium": {"head_dim": 16},
     "gpt_neox": {"rotary_pct": 0.5},
     "seed_oss": {"head_dim": 16},
-    "exaone4": {},
-    "glm4": {"head_dim": 16, "pad_token_id": 0},
+    "exaone4": {"head_dim": 16, "sliding_window": None},
+    "glm4": {"head_dim": 16, "partial_rotary_factor": 0.5},
     "gpt2": {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 128},
+}
+#: Keys that mlx-lm wants in config.json and Transformers does not write.
+MLX_KEYS: dict[str, dict] = {
+    "stablelm": {"partial_rotary_factor": 0.25},
+    "glm4": {"partial_rotary_factor": 0.5},
+    "gpt_neox": {"rotary_pct": 0.5, "rotary_emb_base": 10000},
+    "exaone4": {"head_dim": 16, "rope_scaling": None},
+    "qwen3_moe": {"num_experts": 4},
+    "gpt2": {"n_ctx": 128},
 }
 QUICK = ("llama", "qwen2", "mixtral", "gemma3_text")
 
@@ -93,12 +101,13 @@ def random_folder(model_type: str, folder: Path) -> Path:
         for name, parameter in model.named_parameters():
             # Amplified, or a wrong layer would hardly show.
             if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
+                # Gemma adds one.
+                parameter.uniform_(-0.5, 0.5) if "gemma" in model_type else parameter.uniform_(0.5, 1.5)
             else:
                 parameter.normal_(0, 0.15)
     model.save_pretrained(folder)
     values = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({"rope_theta": 10000.0, **values, "torch_dtype": "float32"}))
+    (folder / "config.json").write_text(json.dumps({"rope_theta": 10000.0, **values, **MLX_KEYS.get(model_type, {}), "torch_dtype": "float32"}))
     return folder
 
 

@@ -104,13 +104,25 @@ struct Decode64 {
   __m512i gather = _mm512_load_si512(lanes.gather), shifts = _mm512_load_si512(lanes.shifts);
   __m512i elements = _mm512_load_si512(lanes.elements), mask = _mm512_set1_epi8(char((1 << bits) - 1));
 
+  static __m512i load(const uint8_t* p) {
+    if constexpr (bits == 4) return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    if constexpr (bits == 2) return _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return load_bytes(p, 8 * bits);
+  }
   template <bool fp4>
-  __m512i take(const uint8_t* p, int bytes) const {
-    __m512i data = load_bytes(p, bytes);
+  __m512i decode(__m512i data) const {
     if constexpr (bits == 8) return data;
     data = _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(gather, data)), mask);
     if constexpr (fp4) data = _mm512_permutexvar_epi8(data, elements);  // 2 * element + 12: 0..24
     return data;
+  }
+  template <bool fp4>
+  __m512i take(const uint8_t* p) const {
+    return decode<fp4>(load(p));
+  }
+  template <bool fp4>
+  __m512i take_half(const uint8_t* p) const {  // the last 32 codes of a row
+    return decode<fp4>(load_bytes(p, 4 * bits));
   }
 };
 

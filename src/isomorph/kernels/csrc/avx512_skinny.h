@@ -8,7 +8,7 @@ namespace isomorph {
 namespace {
 
 constexpr int kPieceSlot = 7, kSkinnySumSlot = 8;
-constexpr int64_t kChunkBytes = 1 << 16;
+constexpr int64_t kChunkBytes = 1 << 16, kPrefetchBytes = 1024;
 
 struct PieceRows {
   const uint16_t* pieces;  // bfloat16 [count, P, K], zero rows up to a multiple of 4
@@ -74,6 +74,8 @@ __attribute__((noinline)) void exact_block(const Weights& w, int64_t n, const Pi
   const auto& tables = centred_tables<bits>();
   const int64_t k = x.k, groups = x.groups;
   const int runs = w.group / (32 * steps);
+  // One row is one stream, which the hardware prefetches; several are short ones that it loses at every row's end.
+  [[maybe_unused]] const int64_t ahead = std::max<int64_t>(R * w.row_bytes(), kPrefetchBytes);
   const bool fp4 = w.mode != Mode::affine;
   const uint16_t* from = x.pieces + m0 * P * k;
   const uint8_t* code[R];
@@ -99,8 +101,10 @@ __attribute__((noinline)) void exact_block(const Weights& w, int64_t n, const Pi
     for (int g = 0; g < count; ++g) {
       for (int run = 0; run < runs; ++run) {
         __m512 part[R][M];
-        for (int r = 0; r < R; ++r)
+        for (int r = 0; r < R; ++r) {
+          if constexpr (R > 1) _mm_prefetch(reinterpret_cast<const char*>(code[r] + ahead), _MM_HINT_T0);
           for (int m = 0; m < M; ++m) part[r][m] = _mm512_setzero_ps();
+        }
 #pragma GCC unroll 2
         for (int step = 0; step < steps; ++step) {
           __m512bh codes[R];
@@ -150,7 +154,6 @@ void exact_range(const Weights& w, const Rows& rows, const PieceRows& x, int64_t
   integral_constant<int, 4> four;
   int64_t n = begin;
   if (rows.count == 1) {
-    for (; n + 2 <= end; n += 2) run_block<1, 2>(rows, n, 0, block(one, two));
     for (; n < end; ++n) run_block<1, 1>(rows, n, 0, block(one, one));
   } else if (rows.count == 2) {
     for (; n + 2 <= end; n += 2) run_block<2, 2>(rows, n, 0, block(two, two));
@@ -239,18 +242,22 @@ inline CodedRows code_rows_512(const Rows& rows, int64_t k, int group) {
   return {codes, stride, scales, sums};
 }
 
-template <int bits, bool fp4, int M, int R>
+// `halves`: groups of 32, two in a vector of 64 codes.
+template <int bits, bool fp4, bool halves, int M, int R>
 __attribute__((noinline)) void fast_block(const Weights& w, int64_t n, const CodedRows& x, int64_t m0, float* out) {
   const Decode64<bits> decode;
   const int64_t groups = w.groups(), k = w.columns;
-  const int per_vector = 64 / std::min(w.group, 64);            // groups in 64 codes: 1 or 2
-  const int vectors = std::max(1, w.group / 64);                // vectors in a group: 1 or 2
-  const __m512i halves = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
-  const __m512i spread = per_vector == 2 ? halves : _mm512_setzero_si512();
+  const int vectors = halves ? 1 : w.group / 64;  // in a group
+  const __m512i spread = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+  [[maybe_unused]] const int64_t ahead = std::max<int64_t>(R * w.row_bytes(), kPrefetchBytes);
   __m512 total[R][M];
-  for (int r = 0; r < R; ++r)
+  const uint8_t* code[R];
+  for (int r = 0; r < R; ++r) {
+    code[r] = w.row(n + r);
     for (int m = 0; m < M; ++m) total[r][m] = _mm512_setzero_ps();
-  alignas(64) float scale[R][M][16 + 2];
+  }
+  alignas(64) float scale[R][M][16];
+  const int8_t* from = x.codes + m0 * x.stride;
   int64_t j = 0;
   for (int64_t first = 0; first < groups; first += 16) {
     const int count = int(std::min<int64_t>(16, groups - first));
@@ -260,30 +267,39 @@ __attribute__((noinline)) void fast_block(const Weights& w, int64_t n, const Cod
       fast_terms(w, (n + r) * groups + first, mask, s, b);
       for (int m = 0; m < M; ++m) {
         const int64_t at = (m0 + m) * groups + first;
-        _mm512_storeu_ps(scale[r][m], _mm512_mul_ps(s, _mm512_maskz_loadu_ps(mask, x.scales + at)));
+        _mm512_store_ps(scale[r][m], _mm512_mul_ps(s, _mm512_maskz_loadu_ps(mask, x.scales + at)));
         total[r][m] = _mm512_fmadd_ps(b, _mm512_maskz_loadu_ps(mask, x.sums + at), total[r][m]);
       }
     }
-    for (int g = 0; g < count; g += per_vector) {
+    for (int g = 0; g < count; g += halves ? 2 : 1) {
       __m512i dot[R][M];
-      for (int r = 0; r < R; ++r)
+      for (int r = 0; r < R; ++r) {
+        if constexpr (R > 1) _mm_prefetch(reinterpret_cast<const char*>(code[r] + ahead), _MM_HINT_T0);
         for (int m = 0; m < M; ++m) dot[r][m] = _mm512_setzero_si512();
+      }
       for (int v = 0; v < vectors; ++v, j += 64) {
         __m512i codes[R];
-        for (int r = 0; r < R; ++r)
-          codes[r] = decode.template take<fp4>(w.row(n + r) + j / 8 * bits, int(std::min<int64_t>(64, k - j)) / 8 * bits);
+        for (int r = 0; r < R; ++r) {
+          codes[r] = !halves || k - j >= 64 ? decode.template take<fp4>(code[r]) : decode.template take_half<fp4>(code[r]);
+          code[r] += 8 * bits;
+        }
 #pragma GCC unroll 4
         for (int m = 0; m < M; ++m) {
-          __m512i value = _mm512_loadu_si512(x.codes + (m0 + m) * x.stride + j);
+          __m512i value = _mm512_loadu_si512(from + m * x.stride + j);
 #pragma GCC unroll 4
           for (int r = 0; r < R; ++r) dot[r][m] = _mm512_dpbusd_epi32(dot[r][m], codes[r], value);
         }
       }
       for (int r = 0; r < R; ++r)
         for (int m = 0; m < M; ++m) {
-          double pair;
-          std::memcpy(&pair, scale[r][m] + g, 8);
-          __m512 factor = _mm512_permutexvar_ps(spread, _mm512_castpd_ps(_mm512_set1_pd(pair)));
+          __m512 factor;
+          if constexpr (halves) {
+            double pair;
+            std::memcpy(&pair, scale[r][m] + g, 8);
+            factor = _mm512_permutexvar_ps(spread, _mm512_castpd_ps(_mm512_set1_pd(pair)));
+          } else {
+            factor = _mm512_set1_ps(scale[r][m][g]);
+          }
           total[r][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[r][m]), factor, total[r][m]);
         }
     }
@@ -292,27 +308,28 @@ __attribute__((noinline)) void fast_block(const Weights& w, int64_t n, const Cod
     for (int m = 0; m < M; ++m) out[r * M + m] = _mm512_reduce_add_ps(total[r][m]);
 }
 
-template <int bits, bool fp4>
+template <int bits, bool fp4, bool halves>
 void fast_range(const Weights& w, const Rows& rows, const CodedRows& x, int64_t begin, int64_t end) {
   auto block = [&](auto M, auto R) {
     return [&](int64_t n, int64_t m0, float* out) {
-      fast_block<bits, fp4, decltype(M)::value, decltype(R)::value>(w, n, x, m0, out);
+      fast_block<bits, fp4, halves, decltype(M)::value, decltype(R)::value>(w, n, x, m0, out);
     };
   };
   using std::integral_constant;
   integral_constant<int, 1> one;
   integral_constant<int, 2> two;
   integral_constant<int, 4> four;
-  for (int64_t n = begin; n < end;) {
+  int64_t n = begin;
+  if (rows.count == 1) {
+    for (; n < end; ++n) run_block<1, 1>(rows, n, 0, block(one, one));
+  }
+  for (; n < end;) {
     const bool pair = n + 2 <= end;
     for (int64_t m = 0; m < rows.count;) {
       const int64_t left = rows.count - m;
       if (left >= 4) {
         pair ? run_block<4, 2>(rows, n, m, block(four, two)) : run_block<4, 1>(rows, n, m, block(four, one));
         m += 4;
-      } else if (left >= 2) {
-        pair ? run_block<2, 2>(rows, n, m, block(two, two)) : run_block<2, 1>(rows, n, m, block(two, one));
-        m += 2;
       } else {
         pair ? run_block<1, 2>(rows, n, m, block(one, two)) : run_block<1, 1>(rows, n, m, block(one, one));
         m += 1;
@@ -322,17 +339,23 @@ void fast_range(const Weights& w, const Rows& rows, const CodedRows& x, int64_t 
   }
 }
 
+template <int bits, bool fp4>
+void fast_group(const Weights& w, const Rows& rows, const CodedRows& x, int64_t begin, int64_t end) {
+  if (w.group == 32) fast_range<bits, fp4, true>(w, rows, x, begin, end);
+  else fast_range<bits, fp4, false>(w, rows, x, begin, end);
+}
+
 void skinny_fast(const Weights& w, const Rows& rows) {
   const CodedRows x = code_rows_512(rows, w.columns, w.group);
   parallel(w.rows, chunk_rows(w.row_bytes()), [&](int64_t begin, int64_t end) {
-    if (w.mode != Mode::affine) return fast_range<4, true>(w, rows, x, begin, end);
+    if (w.mode != Mode::affine) return fast_range<4, true, true>(w, rows, x, begin, end);
     switch (w.bits) {
-      case 2: return fast_range<2, false>(w, rows, x, begin, end);
-      case 3: return fast_range<3, false>(w, rows, x, begin, end);
-      case 4: return fast_range<4, false>(w, rows, x, begin, end);
-      case 5: return fast_range<5, false>(w, rows, x, begin, end);
-      case 6: return fast_range<6, false>(w, rows, x, begin, end);
-      default: return fast_range<8, false>(w, rows, x, begin, end);
+      case 2: return fast_group<2, false>(w, rows, x, begin, end);
+      case 3: return fast_group<3, false>(w, rows, x, begin, end);
+      case 4: return fast_group<4, false>(w, rows, x, begin, end);
+      case 5: return fast_group<5, false>(w, rows, x, begin, end);
+      case 6: return fast_group<6, false>(w, rows, x, begin, end);
+      default: return fast_group<8, false>(w, rows, x, begin, end);
     }
   });
 }

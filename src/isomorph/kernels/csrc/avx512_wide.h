@@ -149,8 +149,10 @@ void panel_fast(const Weights& w, int64_t n0, int64_t k0, int64_t length, const 
       const int64_t codes = std::min<int64_t>(64, length - k);
       for (int i = 0; i < 16; ++i) {
         const int64_t n = n0 + block + i;
-        v[i] = n < w.rows ? decode.template take<fp4>(w.row(n) + (k0 + k) / 8 * bits, int(codes / 8 * bits))
-                          : _mm512_setzero_si512();
+        const uint8_t* p = w.row(n) + (k0 + k) / 8 * bits;
+        v[i] = n >= w.rows ? _mm512_setzero_si512()
+               : codes == 64 ? decode.template take<fp4>(p)
+                             : decode.template take_half<fp4>(p);
       }
       transpose16(v);
       for (int i = 0; i < codes / 4; ++i) _mm512_store_si512(panel.steps + (k / 4 + i) * kPanel + block, v[i]);
