@@ -268,3 +268,32 @@ def test_unknown_architectures_are_refused(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "m", tiny_config(model_type="talky"))
     with pytest.raises(InputError, match="'talky'"):
         convert(source, tmp_path / "t", "mlx")
+
+
+def test_quantized_models_keep_their_codes_or_become_floats(tmp_path: Path) -> None:
+    from isomorph import quantize
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "dtype": "bfloat16", "torch_dtype": "bfloat16"}
+    source = write_checkpoint(tmp_path / "m", tiny_config(**sizes))
+    quantize(source, tmp_path / "q", bits=4, group_size=32)
+    before = open_checkpoint(tmp_path / "q")
+    copy = convert(tmp_path / "q", tmp_path / "copy", "mlx")
+    assert (copy.layout, copy.tensors) == ("mlx-folded", len(before.tensors))
+    assert 4.5 < copy.bits_per_weight < 6
+    after = open_checkpoint(copy.path)
+    assert after.quantization == before.quantization
+    assert all(after.tensors[n].read().tobytes() == t.read().tobytes() for n, t in before.tensors.items())
+    floats = convert(tmp_path / "q", tmp_path / "f", "transformers", dtype="float32", dequantize=True)
+    assert (floats.tensors, floats.bits_per_weight) == (36, 32)
+    assert "quantization" not in config_in(floats.path)
+    near, exact = open_checkpoint(floats.path).tensors, open_checkpoint(source).tensors
+    name = "model.blocks.0.mlp.mlp_gate.weight"
+    difference = near[name].read() - exact[name].read().astype(np.float32)
+    assert 0 < np.abs(difference).max() < 0.5 * np.abs(exact[name].read().astype(np.float32)).max()
+    for options, message in (
+        ({"to": "transformers"}, "add --dequantize"),
+        ({"to": "mlx", "dtype": "bfloat16"}, "no dtype for a quantized model"),
+    ):
+        with pytest.raises(InputError, match=message):
+            convert(tmp_path / "q", tmp_path / "t", **options)  # type: ignore[arg-type]
+    assert not (tmp_path / "t").exists()

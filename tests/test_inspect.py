@@ -63,6 +63,7 @@ def test_every_layout_is_told(tmp_path: Path, layout: str) -> None:
     }[layout]
     for library, how in zip(("transformers", "mlx-lm"), expected):
         assert found.loads[library].startswith(how), found.loads
+    assert found.loads["vllm"].startswith("with" if layout == "transformers-folded" else "no")
     assert found.stored_dtypes == {"float32": found.payload_bytes}
     assert len(summary(found)) >= 7
 
@@ -182,3 +183,10 @@ def test_quantized_weights_of_other_architectures_are_counted(tmp_path: Path) ->
     assert found.layout == "mlx-lm"
     assert found.quantization is not None
     assert found.quantization.modules == {"4-bit group 64 affine": 1, "8-bit group 64 affine": 1}
+
+
+def test_mxfp4_codes_count_as_weights(shared: Path) -> None:
+    found = inspect(shared / "golden" / "gpt-oss" / "public" / "mxfp4")
+    whole = inspect(shared / "golden" / "gpt-oss" / "public" / "hf")
+    assert found.parameters == whole.parameters == 292_192
+    assert found.bits_per_weight < whole.bits_per_weight == 32

@@ -15,6 +15,8 @@ from typing import Any
 from isomorph import __version__, architectures, port
 from isomorph.architectures.base import Architecture
 from isomorph.checkpoint.container import MAX_SHARD_BYTES, Container, safetensors_files, torch_container
+from isomorph.checkpoint.mlx_quantized import CONFIG_KEYS as QUANTIZATION_KEYS
+from isomorph.checkpoint.mlx_quantized import unquantized
 from isomorph.checkpoint.source import INDEX, Checkpoint, open_checkpoint
 from isomorph.checkpoint.target import check_target
 from isomorph.checkpoint.tensor import FLOATING, Tensor
@@ -34,7 +36,6 @@ CAST_DTYPES = ("bfloat16", "float16", "float32")
 
 #: config.json keys that speak of a layout, which the new one states anew.
 LAYOUT_KEYS = ("auto_map", "model_file", "dtype", "torch_dtype")
-QUANTIZATION_KEYS = ("quantization", "quantization_config")
 
 
 @dataclass(frozen=True)
@@ -181,14 +182,16 @@ def _target_layout(
 
 def stock_plan(checkpoint: Checkpoint, to: str, layout: str | None, dtype: str | None, dequantize: bool) -> Plan:
     """The plan for an architecture that stock libraries have: a copy, where source and target share their names."""
-    if layout is not None or dequantize or to not in ("mlx", "transformers"):
-        what = f"layout {layout!r}" if layout is not None else "--dequantize" if dequantize else f"to={to!r}"
+    if layout is not None or to not in ("mlx", "transformers"):
+        what = f"layout {layout!r}" if layout is not None else f"to={to!r}"
         raise InputError(
             f"expected an architecture of {', '.join(architectures.registered())} for {what}; "
             f"found {(checkpoint.config or {}).get('model_type')!r}, of which isomorph only makes copies"
         )
     if not checkpoint.tensors:
         raise InputError(f"expected weights in {checkpoint.path}; found only a config; download or convert the weights")
+    if dequantize:
+        checkpoint = unquantized(checkpoint, dtype)
     container = shared_layout(checkpoint, to)
     tensors = [_cast(tensor, dtype) for tensor in checkpoint.tensors.values()]
     kept = {key: value for key, value in (checkpoint.config or {}).items() if key not in ("dtype", "torch_dtype")}

@@ -149,7 +149,7 @@ def _loads(checkpoint: Checkpoint, layout: port.Layout) -> dict[str, str]:
     loads = {"isomorph": ", ".join(FRAMEWORKS)}
     config = checkpoint.config or {}
     for library, how in layout.loads.items():
-        code = {"transformers": "auto_map", "mlx-lm": "model_file"}[library]
+        code = "model_file" if library == "mlx-lm" else "auto_map"
         # The layout relies on code that ships with the folder: is it there?
         missing = [name for name in _code_files(config.get(code)) if not (checkpoint.folder / name).is_file()]
         if code in layout.keys and code not in config:
@@ -192,6 +192,11 @@ def _unpacked_parameters(checkpoint: Checkpoint) -> int:
     """Weights of a model whose architecture we have no table for; packed codes count as what they stand for."""
     quantization, tensors, total = checkpoint.quantization or {}, checkpoint.tensors, 0
     for name, tensor in tensors.items():
+        if name.removesuffix("_scales") + "_blocks" in tensors:
+            continue  # gpt-oss' MXFP4: two codes a byte in X_blocks, an exponent for each 32 of them in X_scales.
+        if name.removesuffix("_blocks") + "_scales" in tensors:
+            total += 2 * tensor.size
+            continue
         module, _, part = name.rpartition(".")
         packed = f"{module}.scales" in tensors and f"{module}.weight" in tensors
         if packed and part in ("scales", "biases"):

@@ -106,7 +106,7 @@ MIDDLING = {
     "head_dim": 128,
 }
 #: Blocks in flight, in several dtypes at once, whatever the size of the model.
-BOUND_BYTES = 80e6
+BOUND_BYTES = 120e6
 
 PUBLISHED = {
     "vocab_size": 65540,
@@ -120,7 +120,7 @@ PUBLISHED = {
 @LINUX
 @pytest.mark.parametrize(
     ("source", "target", "dtype"),
-    [("transformers", "mlx-folded", ""), ("original", "flax", "float32")],
+    [("transformers", "mlx-folded", ""), ("original", "flax", "")],
 )
 def test_the_peak_is_a_few_blocks(tmp_path: Path, source: str, target: str, dtype: str) -> None:
     model = sparse_checkpoint(tmp_path / "source", source, **MIDDLING)
@@ -132,7 +132,7 @@ def test_the_peak_is_a_few_blocks(tmp_path: Path, source: str, target: str, dtyp
 def test_holding_every_tensor_is_noticed(tmp_path: Path) -> None:
     model = sparse_checkpoint(tmp_path / "source", **MIDDLING)
     before, peak = peak_anonymous_bytes(model, tmp_path / "target", "mlx-lm", hold=True)
-    assert peak - before > 2 * BOUND_BYTES
+    assert peak - before > 1.5 * BOUND_BYTES
 
 
 @LINUX

@@ -186,3 +186,12 @@ def read_safetensors_after(path: Path) -> Any:
     tensor = read_safetensors(path).tensors["a"]
     path.unlink()
     return tensor
+
+
+def test_data_that_begins_at_an_odd_byte(tmp_path: Path) -> None:
+    """Our writer and the library's pad the header to 8 bytes; others need not."""
+    value = np.arange(5, dtype=np.float32)
+    for padding in range(8):
+        header = json.dumps({"a": entry(0, 20)}).encode() + b" " * padding
+        path = raw_file(tmp_path / "x.safetensors", header, value.tobytes())
+        np.testing.assert_array_equal(read_safetensors(path).tensors["a"].read(), value)

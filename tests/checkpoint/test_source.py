@@ -197,3 +197,42 @@ def test_the_documented_example_runs() -> None:
     assert blocks
     for block in blocks:
         exec(compile(block, "docs/checkpoints.md", "exec"), {})
+
+
+@pytest.mark.parametrize(
+    ("kind", "advice"),
+    [
+        ("GatedRepoError", "hf auth login"),
+        ("RepositoryNotFoundError", "check the spelling"),
+        ("HfHubHTTPError", "hf download someone/model"),
+        ("ConnectError", "pass a local folder"),
+        ("OSError", "hf download someone/model"),
+    ],
+)
+def test_every_answer_of_the_hub_is_one_line(monkeypatch: pytest.MonkeyPatch, kind: str, advice: str) -> None:
+    import httpx
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    response = httpx.Response(403, request=httpx.Request("GET", "https://hub.invalid"))
+    error: Exception
+    if kind == "ConnectError":
+        error = httpx.ConnectError("no route\nto host")
+    else:
+        error = OSError("disk") if kind == "OSError" else getattr(errors, kind)("no\nway", response=response)
+
+    def snapshot_download(*arguments: Any, **options: Any) -> str:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(InputError, match=advice) as caught:
+        open_checkpoint("someone/model")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_fault_of_our_own_is_not_taken_for_the_hubs(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **o: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        open_checkpoint("someone/model")

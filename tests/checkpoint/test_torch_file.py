@@ -120,6 +120,26 @@ def test_damaged_files_are_refused_in_one_line(tmp_path: Path, name: str) -> Non
     assert "x.pt" in str(caught.value)
 
 
+def test_changed_bytes_are_refused_in_one_line_or_read(tmp_path: Path) -> None:
+    import random
+
+    path = saved(tmp_path / "x.pt", {"model": WEIGHTS})
+    whole, dice = path.read_bytes(), random.Random(0)
+    refused = 0
+    for _ in range(300):
+        changed = bytearray(whole)
+        for _ in range(dice.choice([1, 3])):
+            changed[dice.randrange(len(changed))] = dice.randrange(256)
+        path.write_bytes(changed)
+        try:
+            for tensor in read_torch(path).values():
+                tensor.read()
+        except InputError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 50
+
+
 @pytest.mark.parametrize(
     ("document", "message"),
     [

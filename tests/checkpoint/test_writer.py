@@ -324,6 +324,18 @@ def test_force_replaces_the_whole_folder(tmp_path: Path) -> None:
     assert (target / "config.json").read_bytes() == b"new"
 
 
+def test_a_target_that_appears_meanwhile_is_left_alone(tmp_path: Path) -> None:
+    def stream() -> Iterator[np.ndarray]:
+        model_folder(tmp_path / "t")
+        yield np.ones(3, np.float32)
+
+    late = Tensor("x", (3,), "float32", lambda: np.ones(3, np.float32), stream)
+    with pytest.raises(InputError, match="made meanwhile"):
+        write_folder(tmp_path / "t", safetensors_files([late], {}), {"config.json": b"new"}, inputs=None)
+    assert (tmp_path / "t" / "config.json").read_text() == "{}"
+    assert leftovers(tmp_path / ".t.isomorph-partial") == ["config.json", "model.safetensors"]
+
+
 def test_a_replacement_cut_between_its_renames_is_undone(tmp_path: Path) -> None:
     target = tmp_path / "model"
     model_folder(_replaced_folder(target))

@@ -10,6 +10,7 @@ import pytest
 
 from isomorph.errors import InputError
 from isomorph.quantize.arrays import Loss, Packed, dequantize_array, quantize_array
+from isomorph.quantize.microscaling import to_e4m3
 from isomorph.quantize.packing import BITS, pack, unpack
 from isomorph.quantize.settings import MODES, Settings
 from quantize import reference
@@ -17,11 +18,16 @@ from quantize import reference
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 AFFINE = [Settings(bits, size) for bits in BITS for size in (32, 64, 128)]
 MICROSCALED = [Settings.of(mode=mode) for mode in MODES if mode != "affine"]
-KINDS = ["normal", "scales", "huge", "tiny", "coarse", "one_signed", "constant", "zero", "powers", "offset"]
+KINDS = ["normal", "scales", "huge", "tiny", "coarse", "one_signed", "constant", "zero", "powers", "offset", "bits"]
 
 
 def weights(kind: str, dtype: str, rows: int = 12, columns: int = 256, seed: int = 0) -> np.ndarray:
     random = np.random.default_rng([seed, KINDS.index(kind)])
+    if kind == "bits":
+        # Any pattern of bits that is a finite number, subnormal ones included.
+        width = np.dtype(DTYPES[dtype]).itemsize
+        values = random.integers(0, 1 << 8 * width, (rows, columns), dtype=f"u{width}").view(DTYPES[dtype])
+        return np.where(np.isfinite(values.astype(np.float32)), values, values.dtype.type(1))
     values = random.standard_normal((rows, columns))
     spread = random.uniform(size=(rows, 1))
     values = {
@@ -188,6 +194,19 @@ def test_wider_arithmetic():
     expected = codes * packed.scales.astype(np.float32)[..., None] + packed.biases.astype(np.float32)[..., None]
     assert values.dtype == np.float32 and np.array_equal(values, expected.reshape(12, 256))
     assert not np.array_equal(values, dequantize_array(packed, Settings(4, 64)).astype(np.float32))
+
+
+def test_e4m3_is_the_nearest():
+    random = np.random.default_rng(1)
+    values = np.concatenate(
+        [random.standard_normal(5000) * 10 ** random.uniform(-6, 3, 5000), [0.0, -0.0, 448, 464, -1e9]]
+    )
+    values = values.astype(np.float32)
+    every = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    borders = (every[:126] + every[1:127]) / 2
+    values = np.concatenate([values, every[:127], -every[:127], borders, -borders])
+    expected = np.clip(values, -448, 448).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+    assert np.array_equal(to_e4m3(values), expected)
 
 
 def test_loss():

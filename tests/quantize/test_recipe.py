@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import re
@@ -12,6 +14,7 @@ import pytest
 
 from isomorph.architectures.talkie.recipe import role as talkie_role
 from isomorph.catalogue import catalogue
+from isomorph.cli import run
 from isomorph.errors import InputError
 from isomorph.quantize.named import RECIPES
 from isomorph.quantize.recipe import in_spread, read_recipe, set_rule
@@ -160,6 +163,25 @@ def test_overrides_apply_to_functions_too(talkie, tmp_path):
     assert {module.bits for module in result.plan if ".14." not in module.path} == {3}
 
 
+def test_the_documented_recipe(talkie, tmp_path):
+    page = Path(__file__).resolve().parents[2] / "docs" / "quantize.md"
+    document = page.read_text()
+    (tmp_path / "page.toml").write_text(re.search(r"```toml\n(.*?)```", document, re.DOTALL)[1])
+    result = quantize(talkie, tmp_path / "target", recipe=tmp_path / "page.toml", dry_run=True)
+    found = {module.path: (module.bits, module.group_size) for module in result.plan}
+    assert found["model.embed"] == (None, None) and found["lm_head"] == (8, 64)
+    assert found["model.blocks.14.mlp.mlp_gate"] == (8, 32)
+    six = [path for path, settings in found.items() if settings == (6, 64)]
+    assert [block_of(path) for path in six if path.endswith("attn_value")] == [0, 1, 38, 39]
+    assert len(six) == 8
+    # And the table of sizes is what the code computes.
+    for options, payload in re.findall(r"\| `(--[^`]*)` \| ([\d,]+) \|", document):
+        arguments = ["quantize", str(talkie), str(tmp_path / "target"), *options.split(), "--dry-run", "--json"]
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            assert run(arguments) == 0
+        assert json.loads(out.getvalue())["payload_bytes"] == int(payload.replace(",", ""))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -191,6 +213,8 @@ def test_mistakes_elsewhere(talkie, tmp_path):
         ({"recipe": lambda path, role, shape: "four"}, "expected bits, a dictionary, True or False; found 'four'"),
         ({"method": "gptp"}, "expected a method of affine"),
         ({"mode": "mxfp4", "bits": 8}, "expected bits of 4 for mode mxfp4"),
+        ({"bits": 0}, "expected bits of 2, 3, 4, 5, 6, 8 for mode affine; found 0"),
+        ({"recipe": {"head": 0}}, "found 0"),
         ({"layout": "flax"}, "expected a layout for mlx"),
         ({"recipe": {"*": False}}, "expected matrices to quantize"),
     ):
@@ -290,6 +314,20 @@ def test_models_that_keep_their_routers_at_eight_bits_are_mlx_lms():
 
 def test_spread_is_not_all_blocks():
     assert [block for block in range(16) if in_spread(block, 16)] == [0, 1, 4, 7, 10, 13, 14, 15]
+
+
+def test_sizes_of_a_stock_model_from_its_config(tmp_path):
+    """Names and shapes come from Transformers; a tied head is the embedding and is counted once."""
+    pytest.importorskip("torch")
+    config = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 512, "vocab_size": 1000}
+    config |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "dtype": "bfloat16"}
+    weights = 2 * (256 * (256 + 128 + 128 + 256) + 3 * 256 * 512)
+    for tied in (False, True):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": tied}))
+        result = quantize(tmp_path, tmp_path / "target", bits=6, dry_run=True)
+        tables = (1 if tied else 2) * 1000 * 256
+        assert result.payload_bytes == stored(weights + tables, 6, 64) + 5 * 256 * 2
+        assert result.parameters == weights + tables + 5 * 256
 
 
 def test_bits_a_weight_counts_everything(talkie, tmp_path):

@@ -226,6 +226,15 @@ def test_equals_the_in_memory_result(talkie, tmp_path, monkeypatch):
     assert sum(value.nbytes for value in stored.values()) == result.payload_bytes
 
 
+def test_shards(talkie, tmp_path):
+    quantize(talkie, tmp_path / "one")
+    quantize(talkie, tmp_path / "many", max_shard_bytes=20_000)
+    assert len(list((tmp_path / "many").glob("model-*.safetensors"))) > 5
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(tensors_of(tmp_path / "one"))
+    assert_same(tensors_of(tmp_path / "many"), tensors_of(tmp_path / "one"))
+
+
 def test_words_are_aligned_in_the_file(talkie, tmp_path):
     """Gains of two bytes would leave every later word crooked; they go last."""
     quantize(talkie, tmp_path / "target")
@@ -312,6 +321,20 @@ def test_dequantized_values_are_the_codes_values(talkie, tmp_path):
     floats = tensors_of(tmp_path / "floats")
     for path, module in modules.items():
         assert floats[f"{path}.weight"].tobytes() == module.dequantized().read().tobytes(), path
+
+
+def test_dequantizing_a_stock_model(tmp_path):
+    """An MLX-quantized llama becomes floats under the same names, so Transformers has it again."""
+    source = write_llama(tmp_path / "llama")
+    quantize(source, tmp_path / "q4", bits=4, group_size=32, overrides=["o=mxfp4"])
+    convert(tmp_path / "q4", tmp_path / "floats", dequantize=True)
+    own = tensors_of(tmp_path / "floats")
+    modules = quantized_modules(open_checkpoint(tmp_path / "q4").tensors, config_of(tmp_path / "q4")["quantization"])
+    before = {name: value for name, value in tensors_of(source).items() if "inv_freq" not in name}
+    assert {name: value.shape for name, value in own.items()} == {name: value.shape for name, value in before.items()}
+    for path, module in modules.items():
+        assert own[f"{path}.weight"].tobytes() == module.dequantized().read().tobytes()
+    assert "quantization" not in config_of(tmp_path / "floats")
 
 
 def test_weights_that_cannot_be_quantized_leave_nothing_behind(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from isomorph.errors import InputError
 from isomorph.train.conversations import ChatIds, conversations, mixed, questions_and_answers
-from isomorph.train.data import text_files, tokenize, windows
+from isomorph.train.data import text_files, tokenize, unwrapped, windows
 from isomorph.train.vocabulary import load_encoding
 
 from .conftest import CATECHISM, SHAPE
@@ -45,6 +45,16 @@ def test_large_vocabularies_take_four_bytes(books: Path, vocabulary: Path, tmp_p
     tokens = tokenize([books / "one.txt"], load_encoding(vocabulary), 100_000, tmp_path / "tokens.bin")
     assert tokens.dtype == np.uint32
     assert tokens[-1] == 100_000
+
+
+def test_hard_wrapped_paragraphs_become_one_line_each() -> None:
+    line = "A line of a paragraph that was set in a column,"
+    wrapped = f"{line}\n{line}\nand its end.\n\nCHAPTER II\nA short\nverse of three\n\n{line}\n    indented\n"
+    expected = f"{line} {line} and its end.\n\nCHAPTER II\nA short\nverse of three\n\n{line}\n    indented\n"
+    assert unwrapped(wrapped) == expected
+    long_lines = f"{line}\n{line * 3}\n{line}\n" * 5
+    assert unwrapped(long_lines) == long_lines
+    assert unwrapped("") == ""
 
 
 def test_bad_texts_are_refused(tmp_path: Path, vocabulary: Path) -> None:

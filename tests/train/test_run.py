@@ -110,6 +110,8 @@ BAD = {
     "architecture": (["--architecture", "talky"], "did you mean 'talkie'"),
     "window": (["--seq-len", "65"], "at most 64"),
     "data": (["--data", "/nowhere"], "nothing at /nowhere"),
+    "questions": (["--chat-data", "/nowhere"], "nothing at /nowhere"),
+    "vocabulary": (["--tokenizer", "/nowhere"], "/nowhere"),
     "devices": (["--model-parallel", "3"], "model_parallel"),
 }
 
@@ -121,6 +123,7 @@ def test_bad_input_is_refused(case: str, books: Path, tmp_path: Path, capfd: pyt
     error = capfd.readouterr().err
     assert expected in error
     assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_shapes_and_steps_are_asked_for(tmp_path: Path, books: Path) -> None:

@@ -7,15 +7,19 @@ A quantized module `path` is stored as `path.weight` (packed words), `path.scale
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from isomorph.checkpoint.source import Checkpoint
 from isomorph.checkpoint.tensor import BLOCK_BYTES, FLOATING, NUMPY_DTYPES, Tensor
 from isomorph.errors import InputError
 from isomorph.quantize.arrays import Packed, dequantize_array
 from isomorph.quantize.settings import MODES, Settings
+
+#: The same entry twice: MLX reads the first, the Hub the second.
+CONFIG_KEYS = ("quantization", "quantization_config")
 
 REPAIR = "quantize it again"
 
@@ -128,6 +132,14 @@ def dequantized(
         elif part == "weight":
             result[name] = modules[path].dequantized(dtype)
     return result
+
+
+def unquantized(checkpoint: Checkpoint, dtype: str | None = None) -> Checkpoint:
+    """`checkpoint` with `dequantized` tensors and without `quantization` in its config; itself when it has neither."""
+    if checkpoint.quantization is None and not is_quantized(checkpoint.tensors):
+        return checkpoint
+    config = {key: value for key, value in (checkpoint.config or {}).items() if key not in CONFIG_KEYS}
+    return replace(checkpoint, config=config, tensors=dequantized(checkpoint.tensors, checkpoint.quantization, dtype))
 
 
 def parse_quantization(quantization: Mapping[str, Any]) -> tuple[Settings, dict[str, Settings | None]]:

@@ -60,10 +60,12 @@ def check_free_space(target: Path, nbytes: int) -> None:
         )
 
 
-def install(partial: Path, target: Path) -> None:
-    """Make the finished `partial` folder the `target`, replacing what is there (checked by `check_target`)."""
-    if not target.exists():
+def install(partial: Path, target: Path, replace: bool) -> None:
+    """Make the finished `partial` folder the `target`; `replace` says that what is there was checked and may go."""
+    if not os.path.lexists(target):
         os.rename(partial, target)
+    elif not replace:
+        raise InputError(f"expected no {target}; found that it was made meanwhile; the finished folder is {partial}")
     else:
         replaced = _replaced_folder(target)
         os.rename(target, replaced)

@@ -53,7 +53,7 @@ def write_folder(
     total = sum(file.nbytes for file in weights)
     if len(weights) > 1:
         files = {**files, INDEX: index_of(weights)}
-    partial = partial_folder(target)
+    partial, replace = partial_folder(target), target.exists()
     with _disk_errors(target, total), _claimed(partial) as journal:
         finished = _resumed(journal, partial, _fingerprint(weights, files, inputs))
         try:
@@ -65,12 +65,12 @@ def write_folder(
                     _write_container(partial / file.name, file, journal, finished, advance)
             for name, content in files.items():
                 _write_content(partial / name, content)
-            os.unlink(partial / JOURNAL)
             sync(partial)
-            install(partial, target)
         except Exception:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+        os.unlink(partial / JOURNAL)
+        install(partial, target, replace)
 
 
 def file_identity(paths: Sequence[Path]) -> list[list[Any]]:

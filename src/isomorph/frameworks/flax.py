@@ -51,7 +51,9 @@ def load_model(
     abstract = nnx.eval_shape(lambda: build(architecture, config, dtype))
     graph, expected = split(abstract)
     parameters = {}
-    for tensor in port.mapped(checkpoint, architecture, architecture.native["flax"], config=config, dtype=dtype):
+    layout = architecture.native["flax"]
+    # The stored weights are the model, in whatever dtype it runs: torch and MLX compute with a folded head as it is.
+    for tensor in port.mapped(checkpoint, architecture, layout, config=config, dtype=dtype, sidecars=False):
         # A copy: the values may be mapped pages of a file that goes away.
         parameters[tensor.name] = jax.device_put(np.array(tensor.read()), target)
     ordered = {name: parameters[name] for name in expected}

@@ -103,7 +103,7 @@ def write_sidecar(path: Path, weight: Tensor, gain: Tensor) -> None:
         yield _packed(np.concatenate([pending, np.zeros(-len(pending) % 4, np.uint8)]))
 
     def excepted() -> Iterator[np.ndarray]:
-        for block in weight.blocks():
+        for block in weight.blocks() if exceptions else ():
             yield _bits(block)[_codes(block, value) == EXCEPTION]
 
     with zipfile.ZipFile(path, "w") as archive:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ class Reading:
     """A checkpoint fitted to its layout: each row has its tensor, and what was dropped has its reason.
 
     `packed` holds, by the name of a weight stored as MLX codes, the scales and biases beside it; `folder` is where
-    files beside the weights are.
+    files beside the weights are, None to go by the weights alone.
     """
 
     layout: Layout
@@ -37,7 +37,7 @@ class Reading:
     packed: dict[str, list[Tensor]]
     dropped: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
-    folder: Path
+    folder: Path | None
 
     def canonical(self, name: str, dtype: str | None = None) -> Tensor:
         """One canonical tensor, cast to `dtype`."""
@@ -72,7 +72,7 @@ class Reading:
                 writer = TRANSFORMS[row.transform].sidecar([self.canonical(part, dtype) for part in row.canonical])
                 if writer is not None:
                     files[name] = writer
-            elif twin.name not in self.packed:
+            elif twin.name not in self.packed and self.folder is not None:
                 own = self.folder / str(TRANSFORMS[row.transform].sidecar_name(twin.name))
                 if own.is_file():
                     files[name] = own
@@ -99,15 +99,19 @@ def mapped(
     config: Any = None,
     dtype: str | None = None,
     dequantize: bool = True,
+    sidecars: bool = True,
 ) -> Iterator[Tensor]:
     """The checkpoint's tensors in the names and shapes of `target_layout`, lazily, in the table's order.
 
     `config` is the architecture's parsed config (default: the checkpoint's own). `dtype` casts floating tensors.
     An MLX-quantized checkpoint is dequantized, unless `dequantize` is False: then packed triples keep their values,
-    which needs a target that stores those modules untransformed. Raises InputError that names all that does not fit.
+    which needs a target that stores those modules untransformed. Without `sidecars` the files beside the weights are
+    left aside: what a rounding transform lost stays lost, so the tensors compute what the stored ones do in any dtype.
+    Raises InputError that names all that does not fit.
     """
     layout = layout_of(architecture, target_layout)
-    yield from read(checkpoint, architecture, config=config, dtype=dtype, dequantize=dequantize).into(layout, dtype)
+    reading = read(checkpoint, architecture, config=config, dtype=dtype, dequantize=dequantize)
+    yield from (reading if sidecars else replace(reading, folder=None)).into(layout, dtype)
 
 
 def layout_of(architecture: Architecture, name: str) -> Layout:
@@ -173,13 +177,16 @@ def _mistakes(
     """What does not fit, one mistake a line, and the reasons of what is dropped."""
     expected = shapes_in(layout, shapes)
     missing = [name for name in expected if name not in tensors]
-    mistakes, leaving = [], {}
+    mistakes: list[str] = []
+    leaving: dict[str, str] = {}
     for name, tensor in tensors.items():
         wanted = expected.get(name)
         if wanted is None:
             reason = dropped(layout, name)
             if reason is None:
-                mistakes.append(f"unexpected {name!r}{did_you_mean(name, missing)}")
+                # Looking for close names takes time, so only for mistakes that are shown.
+                hint = did_you_mean(name, missing) if len(mistakes) < MISTAKES_SHOWN else ""
+                mistakes.append(f"unexpected {name!r}{hint}")
             else:
                 leaving[name] = reason
             continue

@@ -69,7 +69,11 @@ def skeleton(config: Mapping[str, Any]) -> Any:
     Raises InputError when Transformers has no such model or torch is missing.
     """
     values = dict(config)
-    model_type = values.pop("model_type", None)
+    model_type = str(values.pop("model_type", None))
+    if not transformers_has(model_type):
+        raise InputError(
+            f"expected an architecture that isomorph or Transformers has; found {model_type!r}; port it first"
+        )
     try:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM

@@ -85,7 +85,8 @@ class Settings:
             mode = self.mode if fits else "affine"
         if mode != self.mode:
             return Settings.of(bits, group_size, mode)
-        return Settings.of(bits or self.bits, group_size or self.group_size, mode)
+        size = self.group_size if group_size is None else group_size
+        return Settings(self.bits if bits is None else bits, size, mode)
 
 
 def _known(values: Mapping[str, Any]) -> tuple[Any, Any, Any]:

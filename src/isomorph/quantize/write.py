@@ -11,12 +11,12 @@ from typing import Any
 from isomorph import __version__, architectures
 from isomorph.architectures.base import Architecture
 from isomorph.checkpoint.container import MAX_SHARD_BYTES, safetensors_files
-from isomorph.checkpoint.mlx_quantized import dequantized, is_quantized
+from isomorph.checkpoint.mlx_quantized import CONFIG_KEYS, is_quantized
 from isomorph.checkpoint.source import Checkpoint, open_checkpoint
 from isomorph.checkpoint.target import check_target
 from isomorph.checkpoint.tensor import Tensor
 from isomorph.checkpoint.writer import file_identity, write_folder
-from isomorph.convert import CAST_DTYPES, QUANTIZATION_KEYS, json_bytes, own_plan, stock_plan, tokenizer_files
+from isomorph.convert import CAST_DTYPES, json_bytes, own_plan, stock_plan, tokenizer_files
 from isomorph.convert import Plan as ConversionPlan
 from isomorph.errors import InputError, did_you_mean
 from isomorph.port import stock
@@ -126,7 +126,11 @@ def quantize(
     checkpoint = open_checkpoint(source, config=config)
     model_type = str((checkpoint.config or {}).get("model_type"))
     chosen = replace(named or default_recipe(model_type), overrides=rules)
-    default = Settings.of(bits or chosen.bits, group_size or chosen.group_size, mode or chosen.mode or "affine")
+    default = Settings.of(
+        chosen.bits if bits is None else bits,
+        chosen.group_size if group_size is None else group_size,
+        mode or chosen.mode or "affine",
+    )
     destination = check_target(target, force or dry_run, [checkpoint.path])
     architecture = architectures.find(checkpoint)
     quantized_source = checkpoint.quantization is not None or is_quantized(checkpoint.tensors)
@@ -138,7 +142,7 @@ def quantize(
     base, role_of = _base(checkpoint, architecture, layout, dtype or _stated_dtype(checkpoint))
     plan = make_plan(base.tensors, chosen, default, role_of)
     entry = plan.quantization()
-    configuration = {**base.config, **dict.fromkeys(QUANTIZATION_KEYS, entry)}
+    configuration = {**base.config, **dict.fromkeys(CONFIG_KEYS, entry)}
     streams, tensors = _streams(plan)
     weights = safetensors_files(tensors, {"format": "mlx"}, max_shard_bytes)
     result = partial(
@@ -194,12 +198,8 @@ def _base(
         return own_plan(checkpoint, architecture, "mlx", name, dtype, True), architecture.role
     if not checkpoint.tensors:
         checkpoint = stock.declared(checkpoint)
-    if is_quantized(checkpoint.tensors):
-        values = {key: value for key, value in (checkpoint.config or {}).items() if key not in QUANTIZATION_KEYS}
-        floats = dequantized(checkpoint.tensors, checkpoint.quantization, dtype)
-        checkpoint = replace(checkpoint, tensors=floats, config=values)
     tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if not _computed(name, checkpoint)}
-    plan = stock_plan(replace(checkpoint, tensors=tensors), "mlx", layout, dtype, False)
+    plan = stock_plan(replace(checkpoint, tensors=tensors), "mlx", layout, dtype, True)
     return plan, stock_role
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,9 @@ class Batch:
     ids: np.ndarray
     weights: np.ndarray
 
+
+#: A line of a hard-wrapped paragraph, but for its last, has so many characters.
+WRAPPED_COLUMNS = (45, 90)
 
 #: step -> Batch
 Batches = Callable[[int], Batch]
@@ -61,12 +65,32 @@ def read_text(path: Path) -> str:
         ) from None
 
 
-def tokenize(files: Sequence[Path], encoding: tiktoken.Encoding, separator: int, target: Path) -> np.ndarray:
+def unwrapped(text: str) -> str:
+    """A hard-wrapped text with one line a paragraph; verse, tables and texts that are not wrapped stay as they are."""
+    lines = text.split("\n")
+    if np.quantile([len(line) for line in lines], 0.99) > WRAPPED_COLUMNS[1]:
+        return text
+    shortest, longest = WRAPPED_COLUMNS
+    joined = [
+        line + (" " if shortest <= len(line) <= longest and following[:1].strip() else "\n")
+        for line, following in pairwise(lines)
+    ]
+    return "".join(joined) + lines[-1]
+
+
+def tokenize(
+    files: Sequence[Path],
+    encoding: tiktoken.Encoding,
+    separator: int,
+    target: Path,
+    prepare: Callable[[str], str] = str,
+) -> np.ndarray:
     """Write the tokens of `files`, each followed by `separator`, to `target` once; return them memory-mapped, [N].
 
+    `prepare` may change a text before.
     The dtype is uint16 where every id fits, else uint32. A target made of other files or another vocabulary is remade.
     """
-    digest = sha256(repr((sorted(encoding._mergeable_ranks.items()), separator)).encode())
+    digest = sha256(repr((sorted(encoding._mergeable_ranks.items()), separator, prepare.__name__)).encode())
     for file in files:
         digest.update(sha256(file.read_bytes()).digest())
     dtype = np.uint16 if max(separator, encoding.n_vocab) < 2**16 else np.uint32
@@ -76,7 +100,9 @@ def tokenize(files: Sequence[Path], encoding: tiktoken.Encoding, separator: int,
         partial = target.with_suffix(".partial")
         with partial.open("wb") as stream:
             for file in files:
-                stream.write(np.array([*encoding.encode_ordinary(read_text(file)), separator], dtype).tobytes())
+                stream.write(
+                    np.array([*encoding.encode_ordinary(prepare(read_text(file))), separator], dtype).tobytes()
+                )
         partial.replace(target)
         record.write_text(json.dumps(made_of))
     return np.memmap(target, dtype=dtype, mode="r")

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from isomorph.errors import InputError
+from isomorph.train.data import read_text
+
 if TYPE_CHECKING:
     import jax
     import tiktoken
@@ -50,7 +53,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def held_out_evaluation(
-    texts: Sequence[str], encoding: tiktoken.Encoding, length: int, rows: int | None = None, batch_size: int = 8
+    files: Sequence[Path], encoding: tiktoken.Encoding, length: int, rows: int | None = None, batch_size: int = 8
 ) -> Callable[[nnx.GraphDef, dict[str, jax.Array]], dict[str, float]]:
     """A measurement of bits per UTF-8 byte: each text is cut into windows of `length` targets without overlap.
 
@@ -64,10 +67,12 @@ def held_out_evaluation(
     from isomorph.frameworks.nnx_parameters import merge
 
     size = np.array([len(encoding.decode_single_token_bytes(token)) for token in range(encoding.n_vocab)])
-    cut = []
-    for text in texts:
-        tokens = np.array(encoding.encode_ordinary(text), np.int32)
+    cut: list[np.ndarray] = []
+    for file in files:
+        tokens = np.array(encoding.encode_ordinary(read_text(file)), np.int32)
         cut += [tokens[start : start + length + 1] for start in range(0, len(tokens) - length, length)]
+    if not cut:
+        raise InputError(f"expected a held-out text of more than {length} tokens; found none; give a longer one")
     ids = np.stack(cut)
     if rows is not None and rows < len(ids):
         ids = ids[np.linspace(0, len(ids) - 1, rows).round().astype(int)]

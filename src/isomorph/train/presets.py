@@ -43,10 +43,10 @@ PRESETS = {
             seed=1930,
         ),
         chat=Settings(
-            steps=400,
+            steps=500,
             batch_size=4,
             sequence_length=512,
-            learning_rate=5e-4,
+            learning_rate=1e-3,
             warmup_steps=30,
             evaluate_every=200,
             checkpoint_every=200,

@@ -15,9 +15,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from isomorph import architectures
+from isomorph.architectures.base import Architecture
 from isomorph.errors import InputError, did_you_mean
 from isomorph.train.conversations import ChatIds, conversations, mixed
-from isomorph.train.data import read_text, text_files, tokenize, windows
+from isomorph.train.data import read_text, text_files, tokenize, unwrapped, windows
 from isomorph.train.export import export
 from isomorph.train.metrics import held_out_evaluation
 from isomorph.train.settings import Settings
@@ -62,30 +63,23 @@ def run(
 
     Without a `vocabulary` (a tiktoken `vocab.txt`) one is learned from the texts, of the size that
     `config["vocab_size"]` leaves beside the special tokens. With `chat_data`, books of questions and answers, a
-    second stage follows, half of whose rows are still text. `held_out` texts are measured, never trained on. A run
-    that was stopped goes on where its last checkpoint is. Raises InputError.
+    second stage follows, half of whose rows are still text, with lines unwrapped. `held_out` texts are measured, never
+    trained on. A run that was stopped goes on where its last checkpoint is. Raises InputError.
     """
-    architecture = architectures.get(architecture_name)
-    if architecture is None:
-        known = architectures.registered()
+    architecture, parsed = _architecture(architecture_name, config)
+    stages = [settings for settings in (text, chat) if settings is not None]
+    longest = max(settings.sequence_length for settings in stages)
+    if longest > parsed.max_position_embeddings:
         raise InputError(
-            f"expected an architecture of {', '.join(known)}; "
-            f"found {architecture_name!r}{did_you_mean(architecture_name, known)}"
+            f"expected a sequence length of at most {parsed.max_position_embeddings} (max_position_embeddings); "
+            f"found {longest}"
         )
-    try:
-        parsed = architecture.config_class.from_dict(config)  # type: ignore[attr-defined]
-    except (TypeError, ValueError) as error:
-        raise InputError(str(error)) from None
-    for settings in filter(None, (text, chat)):
-        if settings.sequence_length > parsed.max_position_embeddings:
-            raise InputError(
-                f"expected a sequence length of at most {parsed.max_position_embeddings} (max_position_embeddings); "
-                f"found {settings.sequence_length}"
-            )
-    mesh = _mesh(model_parallel)
-    files = text_files(data)
+    mesh = _mesh(model_parallel, stages)
+    files, chat_files, held_out_files = (text_files(paths) if paths else [] for paths in (data, chat_data, held_out))
     tokenizer = architecture.module("tokenizer")
     specials: dict[str, int] = tokenizer.special_tokens(parsed.vocab_size, "instruct")
+    if vocabulary is not None:
+        tokenizer.flavour_of(tokenizer.read_vocabulary(vocabulary), parsed.vocab_size)
     out.mkdir(parents=True, exist_ok=True)
     _same_run(
         out / "settings.json",
@@ -95,7 +89,7 @@ def run(
             "text": asdict(text),
             "chat": asdict(chat) if chat else None,
             "data": digests(files),
-            "chat_data": digests(chat_data),
+            "chat_data": digests(chat_files),
             "vocabulary": digests([vocabulary] if vocabulary else []),
         },
     )
@@ -104,28 +98,25 @@ def run(
         vocab.write_bytes(vocabulary.read_bytes())
     elif not vocab.is_file():
         save_vocabulary(learn_vocabulary(map(read_text, files), parsed.vocab_size - len(specials)), vocab)
-    tokenizer.flavour_of(tokenizer.read_vocabulary(vocab), parsed.vocab_size)
     encoding = load_encoding(vocab)
     tokens = tokenize(files, encoding, specials["<|endoftext|>"], out / "tokens.bin")
-    held_out_files = text_files(held_out) if held_out else []
-    evaluate_on = partial(held_out_evaluation, [read_text(file) for file in held_out_files], encoding)
+    evaluate_on = partial(held_out_evaluation, held_out_files, encoding, text.sequence_length)
     make_model = partial(architecture.module("modeling_flax").Model, parsed)
-    common: dict[str, Any] = {
-        "evaluate": evaluate_on(text.sequence_length, rows=HELD_OUT_ROWS) if held_out else None,
-        "mesh": mesh,
-    }
+    train_stage = partial(train, make_model, mesh=mesh, evaluate=evaluate_on(rows=HELD_OUT_ROWS) if held_out else None)
     batches = windows(tokens, text.batch_size, text.sequence_length, text.seed)
-    parameters = train(make_model, batches, text, out / "text", stage="text", **common)
-    if chat is not None and chat_data:
+    parameters = train_stage(batches, text, out / "text", stage="text")
+    if chat is not None and chat_files:
         rows = max(1, chat.batch_size // 2)
         marks = ChatIds(specials["<|end|>"], specials["<|user|>"], specials["<|assistant|>"])
-        talk = conversations(chat_data, encoding, marks, rows, chat.sequence_length, chat.seed)
+        batches = conversations(chat_files, encoding, marks, rows, chat.sequence_length, chat.seed)
         if chat.batch_size > rows:
-            talk = mixed(talk, windows(tokens, chat.batch_size - rows, chat.sequence_length, chat.seed))
+            # Nobody types hard-wrapped lines: from here on the model shall not break its own.
+            tokens = tokenize(files, encoding, specials["<|endoftext|>"], out / "paragraphs.bin", unwrapped)
+            batches = mixed(batches, windows(tokens, chat.batch_size - rows, chat.sequence_length, chat.seed))
         fresh = [identity for name, identity in specials.items() if name != "<|endoftext|>"]
         start = with_fresh_rows(parameters, parsed.vocab_size, fresh, chat.seed)
-        parameters = train(make_model, talk, chat, out / "chat", start=start, stage="chat", **common)
-    final = evaluate_on(text.sequence_length) if held_out else None
+        parameters = train_stage(batches, chat, out / "chat", stage="chat", start=start)
+    final = evaluate_on() if held_out else None
     measured = export(architecture, parsed, parameters, make_model, out, files, held_out_files, final)
     weights = out / "model" / "model.safetensors"
     return Run(
@@ -134,7 +125,7 @@ def run(
         parameters=sum(value.size for value in parameters.values()),
         size_bytes=weights.stat().st_size,
         text_steps=text.steps,
-        chat_steps=chat.steps if chat and chat_data else 0,
+        chat_steps=chat.steps if chat and chat_files else 0,
         held_out_bits_per_byte=measured.get("held_out_bits_per_byte"),
         held_out_nats_per_token=measured.get("held_out_nats_per_token"),
     )
@@ -159,11 +150,30 @@ def digests(files: Sequence[Path]) -> list[str]:
     return [sha256(file.read_bytes()).hexdigest() for file in files]
 
 
-def _mesh(model_parallel: int) -> Mesh | None:
+def _architecture(name: str, config: Mapping[str, Any]) -> tuple[Architecture, Any]:
+    """The architecture of that name and `config` parsed by it."""
+    architecture = architectures.get(name)
+    if architecture is None:
+        known = architectures.registered()
+        raise InputError(f"expected an architecture of {', '.join(known)}; found {name!r}{did_you_mean(name, known)}")
+    try:
+        return architecture, architecture.config_class.from_dict(config)  # type: ignore[attr-defined]
+    except (TypeError, ValueError) as error:
+        raise InputError(str(error)) from None
+
+
+def _mesh(model_parallel: int, stages: Sequence[Settings]) -> Mesh | None:
     """Every device: `model_parallel` of them share a matrix, the rest share the batch. None on one device."""
     devices = np.array(jax.devices())
     if model_parallel < 1 or len(devices) % model_parallel:
         raise InputError(f"expected model_parallel to divide {len(devices)} devices; found {model_parallel}")
+    sharing = len(devices) // model_parallel
+    for settings in stages:
+        if settings.batch_size // settings.accumulate % sharing:
+            raise InputError(
+                f"expected a batch_size, divided by accumulate, that divides over {sharing} devices; "
+                f"found {settings.batch_size} and {settings.accumulate}"
+            )
     return Mesh(devices.reshape(-1, model_parallel), ("data", "model")) if len(devices) > 1 else None
 
 

@@ -62,7 +62,8 @@ class Level:
 
     `judge` is `reference`, or `own weights`: the candidate's files in another framework.
     `logits` are candidate against reference in the same dtype; `candidate_to_exact` and `reference_to_exact` measure
-    both against the exact run (None where there is none).
+    both against the exact run (None where there is none). `clear_top1` is the agreement of the most likely token where
+    its margin exceeds the largest error of a logit of the reference, at the share `clear_share` of positions.
     """
 
     dtype: str
@@ -72,6 +73,8 @@ class Level:
     candidate_to_exact: Any
     reference_to_exact: Any
     noise_ratio: float | None
+    clear_top1: float | None = None
+    clear_share: float | None = None
     layers: list[Tap] = field(default_factory=list)
     segments: list[dict[str, float]] = field(default_factory=list)
     histogram: dict[str, list[float]] = field(default_factory=dict)

@@ -6,11 +6,18 @@ from itertools import pairwise
 
 import numpy as np
 
-from isomorph.evaluate.metrics import compare_logits, rms
+from isomorph.evaluate.metrics import compare_logits, rms, top_margin
 from isomorph.verify.capture import Capture
 from isomorph.verify.certificate import FAIL, PASS, Check, Level, Tap
 from isomorph.verify.noise import measure_noise
-from isomorph.verify.tolerance import MAX_NOISE_RATIO, NOISE_REASON, RULE_REASON, allowed_logit_difference
+from isomorph.verify.tolerance import (
+    CLEAR_REASON,
+    CLEAR_TOP1,
+    MAX_NOISE_RATIO,
+    NOISE_REASON,
+    RULE_REASON,
+    allowed_logit_difference,
+)
 
 #: Positions are reported in so many stretches, so that an error that grows with the position shows.
 SEGMENTS = 8
@@ -30,6 +37,12 @@ def compare(candidate: Capture, reference: Capture, exact: Capture | None, width
     if exact is not None:
         summed = candidate.hidden[-1].shape[-1]
         ratio = measure_noise(candidate.logits, reference.logits, exact.logits, candidate.dtype, summed).ratio
+    clear_top1 = clear_share = None
+    if floor is not None:
+        clear = top_margin(reference.logits) > floor.max_abs
+        same = reference.logits.argmax(-1) == candidate.logits.argmax(-1)
+        clear_share = float(clear.mean())
+        clear_top1 = float(same[clear].mean()) if clear.any() else None
     return Level(
         dtype=candidate.dtype,
         judge=judge,
@@ -38,6 +51,8 @@ def compare(candidate: Capture, reference: Capture, exact: Capture | None, width
         candidate_to_exact=to_exact,
         reference_to_exact=floor,
         noise_ratio=ratio,
+        clear_top1=clear_top1,
+        clear_share=clear_share,
         layers=_taps(candidate, reference, exact),
         segments=_segments(candidate, reference, exact, width),
         histogram=_histogram(candidate, reference, exact),
@@ -68,6 +83,10 @@ def logit_checks(level: Level) -> list[Check]:
                 f"the reference's own {dtype} agrees {own:.2%}, less two standard errors",
             )
         )
+    if dtype != "float32" and level.clear_top1 is not None:
+        name = f"top-1, {dtype}: where the margin exceeds the noise"
+        detail = f"{level.clear_share:.1%} of positions"
+        checks.append(Check.at_least(name, level.clear_top1, CLEAR_TOP1, CLEAR_REASON, detail))
     worst = max(level.layers, key=lambda tap: tap.ratio if tap.ratio == tap.ratio else np.inf, default=None)
     if worst is not None:
         wrong = level.first_divergence

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 #: Single decode steps taken in each comparison.
 STEPS = 16
 #: Longest row of a batch: beyond the sliding windows in use (128), and no more, for a batch costs its multiple.
-BATCH_TOKENS = 192
+BATCH_TOKENS = 144
 
 
 @dataclass(frozen=True)

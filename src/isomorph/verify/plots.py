@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,6 +125,39 @@ def plot_differences(levels: Sequence[Level], path: Path) -> None:
             ax.set_title(f"computing in {level.dtype}, {against}", fontsize=10, loc="left", color="#333333")
             ax.legend(frameon=False, fontsize=9, loc="upper left")
         axes[0].set_ylabel("share of logits", fontsize=10)
+
+
+def plot_variants_layers(levels: Mapping[str, Level], path: Path) -> None:
+    """Relative RMS error of every hidden state of several candidates, each against its judge's exact run."""
+    with figure(path, "Error of each hidden state, computing in float32") as (ax,):
+        names: list[str] = []
+        for (label, level), colour, marker in zip(levels.items(), COLOURS, MARKERS):
+            names = [short_name(tap.name) for tap in level.layers]
+            size = np.array([tap.size or 1.0 for tap in level.layers])
+            x, error = np.arange(len(names)), np.array([tap.error for tap in level.layers]) / size
+            floor = np.array([tap.floor for tap in level.layers]) / size
+            ax.fill_between(x, floor / 50, MAX_NOISE_RATIO * floor, color=GREY, alpha=0.06, linewidth=0)
+            ax.plot(x, error, color=colour, marker=marker, markersize=5, label=label)
+        ax.set_yscale("log")
+        thin_ticks(ax, names)
+        ax.set_xlabel("block", fontsize=10)
+        ax.set_ylabel("RMS error / RMS of the state", fontsize=10)
+        ax.set_title("against float64 on the same weights; grey: allowed", fontsize=10, loc="left", color="#333333")
+        ax.legend(frameon=False, fontsize=9)
+
+
+def plot_variants_agreement(figures: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """How often each candidate's most likely token is the reference's: one bar each, with its value."""
+    with figure(path, "Same most likely token as the original") as (ax,):
+        names = list(figures)
+        values = [100 * figures[name]["top1_agreement"] for name in names]
+        bars = ax.barh(names, values, color=BLUE, height=0.55)
+        ax.bar_label(bars, [f"{value:.1f} %" for value in values], padding=4, fontsize=10)
+        ax.set_xlim(0, 112)
+        ax.invert_yaxis()
+        ax.grid(axis="y", visible=False)
+        ax.set_xticks([0, 25, 50, 75, 100])
+        ax.set_xlabel("positions, %", fontsize=10)
 
 
 def short_name(tap: str) -> str:

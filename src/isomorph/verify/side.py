@@ -61,7 +61,7 @@ class Side:
             return f"{self.framework} has no complete float64 arithmetic"
         import psutil
 
-        needed = int(1.2 * _parameters(self.checkpoint) * _BYTES[dtype])
+        needed = int(1.2 * parameters(self.checkpoint) * _BYTES[dtype])
         free = psutil.virtual_memory().available
         if needed > free:
             return f"{dtype} weights need {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free"
@@ -100,7 +100,7 @@ class Side:
             "stored_dtype": self.stored_dtype,
             "quantization": _defaults(self.quantization),
             "tensors": len(self.checkpoint.tensors),
-            "parameters": _parameters(self.checkpoint),
+            "parameters": parameters(self.checkpoint),
             "config_sha256": _digest(config),
             "weights_header_sha256": _digest(
                 [(t.name, t.dtype, list(t.shape)) for t in self.checkpoint.tensors.values()]
@@ -123,7 +123,7 @@ def _architecture(checkpoint: Checkpoint) -> Architecture | None:
     return architectures.find(checkpoint)
 
 
-def _parameters(checkpoint: Checkpoint) -> int:
+def parameters(checkpoint: Checkpoint) -> int:
     """Number of weights; packed codes count as the weights they hold, scales and biases not at all."""
     quantization = checkpoint.quantization or {}
     total = 0

@@ -11,10 +11,12 @@ FLOAT32_EPS = 1.1920928955078125e-07
 
 #: Keys of a published `config.json` that describe files, serving or other tools, not the network.
 ANNOTATIONS = frozenset(
-    "_name_or_path architectures attention_dropout auto_map bos_token_id dtype eos_token_id id2label label2id"
-    " is_decoder is_encoder_decoder model_file output_attentions output_hidden_states pad_token_id"
-    " problem_type quantization quantization_config return_dict tokenizer_class torch_dtype transformers_version"
-    " use_cache chunk_size_feed_forward".split()
+    """
+    _name_or_path architectures attention_dropout auto_map bos_token_id chunk_size_feed_forward dtype eos_token_id
+    id2label is_decoder is_encoder_decoder label2id model_file output_attentions output_hidden_states pad_token_id
+    problem_type quantization quantization_config return_dict tokenizer_class torch_dtype transformers_version
+    use_cache
+    """.split()  # noqa: SIM905 - a list of words reads better as words
 )
 
 

@@ -42,10 +42,10 @@ class TalkieConfig(PreTrainedConfig):
     """
 
     model_type = "talkie"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values"]
     # Every query head has its own key and value head; engines ask for the number by this name.
-    attribute_map = {"num_key_value_heads": "num_attention_heads"}  # noqa: RUF012
-    base_model_tp_plan = {  # noqa: RUF012
+    attribute_map = {"num_key_value_heads": "num_attention_heads"}
+    base_model_tp_plan = {
         "blocks.*.attn.attn_query": "colwise",
         "blocks.*.attn.attn_key": "colwise",
         "blocks.*.attn.attn_value": "colwise",
@@ -55,7 +55,7 @@ class TalkieConfig(PreTrainedConfig):
         "blocks.*.mlp.mlp_linear": "colwise",
         "blocks.*.mlp.mlp_resid": "rowwise",
     }
-    base_model_fsdp_plan = {"embed": "free_full_weight", "blocks.*": "free_full_weight"}  # noqa: RUF012
+    base_model_fsdp_plan = {"embed": "free_full_weight", "blocks.*": "free_full_weight"}
 
     vocab_size: int = 65540
     hidden_size: int = 5120
@@ -292,13 +292,13 @@ class TalkiePreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _input_embed_layer = "embed"
-    _no_split_modules = ["Block"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _no_split_modules = ["Block"]
+    _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": Block, "attentions": Attention}  # noqa: RUF012
+    _can_record_outputs = {"hidden_states": Block, "attentions": Attention}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -88,6 +88,9 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_torch.TalkieForCausalLM",
 }
 
+NATIVE = "natively (talkie): its rope tables are float32 whatever rope_table_dtype says"
+UNSERVED = "no: its Transformers backend needs --layout transformers-folded"
+
 LAYOUTS = {
     layout.name: layout
     for layout in (
@@ -101,6 +104,7 @@ LAYOUTS = {
             loads={
                 "transformers": "no: a torch pickle; convert --to transformers",
                 "mlx-lm": "no: a torch pickle; convert --to mlx",
+                "vllm": UNSERVED,
             },
         ),
         Layout(
@@ -111,7 +115,7 @@ LAYOUTS = {
             config={"lm_head_gain_folded": False},
             keys={**CLASSES, "auto_map": AUTO_MAP},
             files=("modeling_torch.py",),
-            loads={"transformers": "with trust_remote_code=True", "mlx-lm": "natively (talkie)"},
+            loads={"transformers": "with trust_remote_code=True", "mlx-lm": NATIVE, "vllm": UNSERVED},
         ),
         Layout(
             name="transformers-folded",
@@ -124,6 +128,7 @@ LAYOUTS = {
             loads={
                 "transformers": "with trust_remote_code=True",
                 "mlx-lm": "no: its talkie has no lm_head.weight; convert --to mlx",
+                "vllm": "with --model-impl transformers --trust-remote-code",
             },
         ),
         Layout(
@@ -135,7 +140,8 @@ LAYOUTS = {
             config={"lm_head_gain_folded": False},
             loads={
                 "transformers": "no: it ships no modelling code; convert --to transformers",
-                "mlx-lm": "natively (talkie); its rope tables are float32 whatever rope_table_dtype says",
+                "mlx-lm": NATIVE,
+                "vllm": UNSERVED,
             },
         ),
         Layout(
@@ -149,6 +155,7 @@ LAYOUTS = {
             loads={
                 "transformers": "no: it ships no modelling code for torch; convert --to transformers",
                 "mlx-lm": "with trust_remote_code, through model_file",
+                "vllm": UNSERVED,
             },
         ),
         Layout(
@@ -162,6 +169,7 @@ LAYOUTS = {
             loads={
                 "transformers": "no: NNX names; convert --to transformers",
                 "mlx-lm": "no: NNX names; convert --to mlx",
+                "vllm": UNSERVED,
             },
         ),
     )
