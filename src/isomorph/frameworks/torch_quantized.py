@@ -89,7 +89,7 @@ def fill(
             unknown.append(name)
             continue
         if owner in packed and part == "weight":
-            _place(module, own.rpartition(".")[0], packed[owner], dtype, fast)
+            place(module, own.rpartition(".")[0], packed[owner], dtype, fast)
         else:
             _assign(module, own, torch_view(tensor.read()))
         missing.discard(own)
@@ -157,7 +157,8 @@ def _assign(module: nn.Module, name: str, value: torch.Tensor) -> None:
     place.data = value.to(place.dtype, copy=True)
 
 
-def _place(module: nn.Module, path: str, entry: QuantizedModule, dtype: torch.dtype, fast: bool) -> None:
+def place(module: nn.Module, path: str, entry: QuantizedModule, dtype: torch.dtype, fast: bool) -> None:
+    """Put the packed weights of `entry` where `module` has a linear layer or an embedding. Raises InputError."""
     old = module.get_submodule(path)
     shape = tuple(old.weight.shape)  # type: ignore[union-attr, arg-type]
     transposed = type(old).__name__ == "Conv1D"  # GPT-2 stores [K, N]
