@@ -40,7 +40,9 @@ def main() -> None:
             f"{layer}.mlp.down_proj": (D, F),
         }
     norms = ["model.norm"] + [
-        f"model.layers.{i}.{name}" for i in range(options.layers) for name in ("input_layernorm", "post_attention_layernorm")
+        f"model.layers.{i}.{name}"
+        for i in range(options.layers)
+        for name in ("input_layernorm", "post_attention_layernorm")
     ]
     tensors = {f"{name}.weight": np.ones(D, ml_dtypes.bfloat16) for name in norms}
     config = {

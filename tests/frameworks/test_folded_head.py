@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import assert_logits_close
-from tiny import tiny_config, write_checkpoint
 
 import isomorph
+from conftest import assert_logits_close
+from tiny import tiny_config, write_checkpoint
 
 IDS = np.arange(40)[None] * 7 % 90
 

@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from kernels.packed import activations, make, relative_error
 from torch import nn
 
 from isomorph.kernels import native
 from isomorph.kernels.modules import QuantizedEmbedding, QuantizedExpertLinear, QuantizedExperts, QuantizedLinear
 from isomorph.quantize.settings import Settings
+from kernels.packed import activations, make, relative_error
 
 
 def linear(seed=0, shape=(40, 128), bits=4, bias=None, fast=False):

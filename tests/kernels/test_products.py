@@ -7,19 +7,21 @@ import sys
 import numpy as np
 import pytest
 import torch
-from kernels.packed import TORCH, activations, make, relative_error
 
 from isomorph.kernels import native, ops, reference  # noqa: F401  (ops defines the operators)
 from isomorph.quantize.settings import MODES, Settings
+from kernels.packed import TORCH, activations, make, relative_error
 
 #: |y - y_fp64| <= BOUND * sum|x * w|. Terms are at most 3 |x * w| (codes are centred at the group's zero point, or the
 #: weight is dequantized first), so this allows five float32 roundings of the worst case; observed: 3e-7.
 BOUND = 1e-6
 
-#: One int8 rounding a value: at most max|x| / 254 in its group, and normal values have max|x| about 3 times the mean |x|.
+#: One int8 rounding a value: at most max|x| / 254 in its group; of normal values the largest is about 3 times the mean.
 FAST_BOUND = 0.02
 
-ALL_SETTINGS = [Settings(bits, size, mode) for mode, (_, _, widths, sizes) in MODES.items() for bits in widths for size in sizes]
+ALL_SETTINGS = [
+    Settings(bits, size, mode) for mode, (_, _, widths, sizes) in MODES.items() for bits in widths for size in sizes
+]
 BACKENDS = native.extension().backends() if native.extension() else []
 
 needs_extension = pytest.mark.skipif(not BACKENDS, reason="the C++ extension is not built (no compiler)")
@@ -138,7 +140,9 @@ def test_rows_dequantize_with_one_rounding(backend, settings):
         rows = torch.ops.isomorph.dequantize_rows(*case.packed, ids, *case.arguments[3:], dtype)
         expected = torch.from_numpy(case.values.astype(np.float32))[ids].to(dtype)
         assert torch.equal(rows, expected)
-        assert torch.equal(reference.dequantize(*case.packed, settings, dtype), torch.from_numpy(case.values).float().to(dtype))
+        assert torch.equal(
+            reference.dequantize(*case.packed, settings, dtype), torch.from_numpy(case.values).float().to(dtype)
+        )
     with pytest.raises(IndexError):
         torch.ops.isomorph.dequantize_rows(*case.packed, ids + 1, *case.arguments[3:], torch.float32)
 
@@ -152,7 +156,9 @@ def test_only_chosen_experts_are_read(backend, mode):
     chosen = torch.tensor([[0, 3], [3, 4], [0, 4], [4, 3], [0, 3], [4, 0]])
     poisoned = case.scales.clone()
     poisoned[[1, 2]] = torch.nan if mode == "affine" else 255
-    y = torch.ops.isomorph.quantized_experts_linear(x, case.weight, poisoned, case.biases, chosen, *case.arguments[3:], False)
+    y = torch.ops.isomorph.quantized_experts_linear(
+        x, case.weight, poisoned, case.biases, chosen, *case.arguments[3:], False
+    )
     fallback = reference.experts_linear(x, *case.packed, chosen.reshape(-1), settings)
     for place, expert in enumerate(chosen.reshape(-1).tolist()):
         row = x[place // 2 : place // 2 + 1]
@@ -193,7 +199,9 @@ def test_golden_outputs_of_mlx(shared):
         parts = [torch.from_numpy(arrays[f"{name}.{part}"]) for part in ("packed", "scales")]
         biases = torch.from_numpy(arrays[f"{name}.biases"]) if f"{name}.biases" in arrays else None
         x = torch.from_numpy(arrays["x"])
-        y = torch.ops.isomorph.quantized_linear(x, parts[0].view(torch.int32), parts[1], biases, *ops_arguments(settings), False)
+        y = torch.ops.isomorph.quantized_linear(
+            x, parts[0].view(torch.int32), parts[1], biases, *ops_arguments(settings), False
+        )
         values = arrays[f"{name}.dequantised"].astype(np.float64)
         # mlx rounds scale * code before it adds the bias: up to one float32 rounding of the largest weight.
         allowed = BOUND * np.abs(arrays["x"]).sum(-1, keepdims=True) * np.abs(values).max()

@@ -26,7 +26,7 @@ PROBE_BYTES = 512 << 20
 class Throughput:
     """Means over repetitions with their standard deviations; tokens a second count all rows of the batch.
 
-    `bytes_read_per_token` are the weights one decode step reads once (a row of an untied embedding, the chosen experts);
+    `bytes_read_per_token` are the weights one decode step reads (a row of an untied embedding, the chosen experts);
     `read_bandwidth_fraction` is the rate at which decoding reads them over the bandwidth measured between repetitions.
     """
 
@@ -56,7 +56,12 @@ def throughput(
 
     One unmeasured repetition warms up. Raises InputError when the model's context is too short.
     """
-    for name, value in (("prompt", prompt_tokens), ("tokens", new_tokens), ("repetitions", repetitions), ("batch", batch_size)):
+    for name, value in (
+        ("prompt", prompt_tokens),
+        ("tokens", new_tokens),
+        ("repetitions", repetitions),
+        ("batch", batch_size),
+    ):
         if value < 1:
             raise InputError(f"expected at least one as {name}; found {value}")
     if prompt_tokens + new_tokens > model.max_positions:
@@ -100,7 +105,8 @@ def throughput(
         read_bandwidth_bytes_per_second=rate,
         read_bandwidth_fraction=None if step_bytes is None else speed / batch_size * step_bytes / rate,
         # Linux counts in KiB, macOS in bytes.
-        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * (1 if sys.platform == "darwin" else 1024),
         kernels=kernels,
         threads=threads,
     )
@@ -129,7 +135,10 @@ def bytes_per_step(model: Model) -> int | None:
     # Embeddings last: a table that is also the head's is read whole.
     parts = sorted(module.named_modules(), key=lambda item: "Embedding" in type(item[1]).__name__)
     for _, part in parts:
-        tensors = [*part.parameters(recurse=False), *(part._buffers[name] for name in ("weight", "scales", "biases") if part._buffers.get(name) is not None)]
+        tensors = [
+            *part.parameters(recurse=False),
+            *(part._buffers[name] for name in ("weight", "scales", "biases") if part._buffers.get(name) is not None),
+        ]
         for tensor in tensors:
             if tensor.data_ptr() in seen:
                 continue

@@ -83,7 +83,7 @@ def torch_device(name: str | None) -> torch.device:
 def own_model(
     architecture: Architecture, checkpoint: Checkpoint, config: Any, dtype: str | None, fast: bool = False
 ) -> nn.Module:
-    """The architecture's own model, filled tensor by tensor; nothing is initialised twice, packed weights stay packed."""
+    """The architecture's own model, filled tensor by tensor and not initialised before; packed weights stay packed."""
     file = architecture.module("modeling_torch")
     config_name = architecture.config_class.__name__
     # A folded head stays folded: unfolding it would undo the rounding that the stored weights have.

@@ -19,6 +19,7 @@ from isomorph.checkpoint import Checkpoint, Tensor
 from isomorph.checkpoint.mlx_quantized import QuantizedModule, quantized_modules
 from isomorph.errors import InputError, did_you_mean
 from isomorph.kernels.modules import QuantizedEmbedding, QuantizedExpertLinear, QuantizedExperts, QuantizedLinear
+from isomorph.quantize.settings import Settings
 
 #: mlx-lm's names that differ from Transformers'; each is tried where a name is not the model's own.
 RENAMES = (
@@ -42,7 +43,7 @@ def quantized_model(checkpoint: Checkpoint, dtype: str | None, fast: bool) -> tu
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
     values = {k: v for k, v in (checkpoint.config or {}).items() if k not in ("quantization", "quantization_config")}
-    model_type = values.get("model_type")
+    model_type = str(values.get("model_type"))
     if model_type not in CONFIG_MAPPING_NAMES:
         raise InputError(
             f"expected a model_type that isomorph or Transformers knows; found {model_type!r}"
@@ -110,26 +111,31 @@ def torch_view(value: np.ndarray) -> torch.Tensor:
     bits = {"bfloat16": np.int16, "uint32": np.int32}.get(value.dtype.name)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not writable.*")
-        tensor = torch.from_numpy(np.ascontiguousarray(value) if bits is None else np.ascontiguousarray(value).view(bits))
+        tensor = torch.from_numpy(
+            np.ascontiguousarray(value) if bits is None else np.ascontiguousarray(value).view(bits)
+        )
     return tensor.view(torch.bfloat16) if value.dtype.name == "bfloat16" else tensor
 
 
-def packed_parts(entry: QuantizedModule) -> tuple:
+def packed_parts(entry: QuantizedModule) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Settings]:
     """`weight, scales, biases, settings` of a module, over the file's memory; scales checked to be finite."""
-    parts = [torch_view(part.read()) if part is not None else None for part in (entry.weight, entry.scales, entry.biases)]
-    for name, part in zip(("scales", "biases"), parts[1:]):
+    weight, scales = torch_view(entry.weight.read()), torch_view(entry.scales.read())
+    biases = None if entry.biases is None else torch_view(entry.biases.read())
+    for name, part in (("scales", scales), ("biases", biases)):
         if part is None:
             continue
         # In bytes, E8M0 has one NaN and E4M3 one of either sign.
         byte_nan = (part & 0x7F == 0x7F) if entry.settings.mode == "nvfp4" else part == 0xFF
         if (byte_nan if part.dtype == torch.uint8 else ~torch.isfinite(part)).any():
             raise InputError(f"expected finite {name}; found NaN or infinity in {entry.path}.{name}; quantize it again")
-    return *parts, entry.settings
+    return weight, scales, biases, entry.settings
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> str:
     """The dtype of most of the floating tensors, which in affine folders are the scales."""
-    names = [tensor.dtype for tensor in checkpoint.tensors.values() if tensor.dtype in ("float32", "bfloat16", "float16")]
+    names = [
+        tensor.dtype for tensor in checkpoint.tensors.values() if tensor.dtype in ("float32", "bfloat16", "float16")
+    ]
     return max(set(names), key=names.count) if names else "bfloat16"
 
 
@@ -145,22 +151,23 @@ def _own_name(name: str, known: Mapping[str, Any]) -> str | None:
 
 def _assign(module: nn.Module, name: str, value: torch.Tensor) -> None:
     path, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(path)
+    owner: Any = module.get_submodule(path)
     if isinstance(owner, QuantizedLinear) and leaf == "bias":
-        owner.bias = value.to(owner.bias.dtype)
+        owner.bias = value.to(owner.bias.dtype)  # type: ignore[union-attr]
         return
     place = getattr(owner, leaf)
     if place.shape != value.shape:
         raise InputError(
-            f"expected {name} of shape {list(place.shape)}; found {list(value.shape)}; correct the weights or config.json"
+            f"expected {name} of shape {list(place.shape)}; found {list(value.shape)}; "
+            "correct the weights or config.json"
         )
     place.data = value.to(place.dtype, copy=True)
 
 
 def place(module: nn.Module, path: str, entry: QuantizedModule, dtype: torch.dtype, fast: bool) -> None:
     """Put the packed weights of `entry` where `module` has a linear layer or an embedding. Raises InputError."""
-    old = module.get_submodule(path)
-    shape = tuple(old.weight.shape)  # type: ignore[union-attr, arg-type]
+    old: Any = module.get_submodule(path)
+    shape = tuple(old.weight.shape)
     transposed = type(old).__name__ == "Conv1D"  # GPT-2 stores [K, N]
     if (shape[::-1] if transposed else shape) != entry.shape:
         raise InputError(
@@ -171,10 +178,10 @@ def place(module: nn.Module, path: str, entry: QuantizedModule, dtype: torch.dty
         factor = 1.0 if scale is None else float(scale)
         module.set_submodule(path, QuantizedEmbedding(*packed_parts(entry), dtype=dtype, scale=factor, fast=fast))
     elif isinstance(old, nn.Linear) or transposed:
-        bias = None if getattr(old, "bias", None) is None else old.bias.detach()  # type: ignore[union-attr, operator]
+        bias = None if getattr(old, "bias", None) is None else old.bias.detach()
         module.set_submodule(path, QuantizedLinear(*packed_parts(entry), bias=bias, fast=fast))
     else:  # a router or the like that multiplies by itself
-        old.weight.data = torch_view(entry.dequantized(_name(dtype)).read()).to(dtype)  # type: ignore[union-attr]
+        old.weight.data = torch_view(entry.dequantized(_name(dtype)).read()).to(dtype)
 
 
 def _place_experts(
@@ -196,13 +203,16 @@ def _place_experts(
     old: Any = module.get_submodule(place)
     names = {gate_up, f"{place}.down_proj"}
     plain = not getattr(old, "has_bias", False) and getattr(old, "is_concatenated", True)
-    plain = plain and getattr(type(old), "_apply_gate", None).__name__ == "_default_apply_gate"
+    gating = getattr(type(old), "_apply_gate", None)
+    plain = plain and getattr(gating, "__name__", None) == "_default_apply_gate"
     if not plain or getattr(old, "is_transposed", False):
         unknown.extend(f"{owner}.weight" for owner in parts.values())
         return set()
     if all(owner in packed for owner in parts.values()):
-        linears = [QuantizedExpertLinear(*packed_parts(packed[parts[part]]), fast=fast) for part in ("gate", "up", "down")]
-        module.set_submodule(place, QuantizedExperts(*linears, activation=old.act_fn))
+        gate, up, down = (
+            QuantizedExpertLinear(*packed_parts(packed[parts[part]]), fast=fast) for part in ("gate", "up", "down")
+        )
+        module.set_submodule(place, QuantizedExperts(gate, up, down, activation=old.act_fn))
         return names
     values = {}
     for part, owner in parts.items():
@@ -214,18 +224,18 @@ def _place_experts(
     return names
 
 
-def _tie(module: nn.Module, missing: set[str]) -> None:
+def _tie(module: Any, missing: set[str]) -> None:
     """A head without weights of its own takes the embedding's."""
-    heads = {name for name, part in module.named_modules() if part is module.get_output_embeddings()}  # type: ignore[operator]
+    heads = {name for name, part in module.named_modules() if part is module.get_output_embeddings()}
     if not heads or not any(f"{head}.weight" in missing for head in heads):
         return
     if not module.config.get_text_config().tie_word_embeddings:
         return
-    embedding = module.get_input_embeddings()  # type: ignore[operator]
+    embedding = module.get_input_embeddings()
     if isinstance(embedding, QuantizedEmbedding):
-        module.set_output_embeddings(embedding.as_linear())  # type: ignore[operator]
+        module.set_output_embeddings(embedding.as_linear())
     else:
-        module.tie_weights()  # type: ignore[operator]
+        module.tie_weights()
     missing -= {f"{head}.weight" for head in heads}
 
 

@@ -15,11 +15,20 @@ from isomorph.quantize.settings import Settings
 class PackedModule(nn.Module):
     """`weight` int32 [..., N, K * bits / 32], `scales` and `biases` [..., N, K / group_size]: buffers.
 
-    Tensors over a memory-mapped file stay mapped. Casting the module leaves them alone, as their dtypes are the format's.
+    Tensors over a memory-mapped file stay mapped. Casting the module leaves them alone: dtypes are the format's.
     """
 
+    weight: torch.Tensor
+    scales: torch.Tensor
+    biases: torch.Tensor | None
+
     def __init__(
-        self, weight: torch.Tensor, scales: torch.Tensor, biases: torch.Tensor | None, settings: Settings, fast: bool = False
+        self,
+        weight: torch.Tensor,
+        scales: torch.Tensor,
+        biases: torch.Tensor | None,
+        settings: Settings,
+        fast: bool = False,
     ) -> None:
         super().__init__()
         self.register_buffer("weight", weight.view(torch.int32))
@@ -72,14 +81,25 @@ class PackedModule(nn.Module):
 
     def extra_repr(self) -> str:
         bits, size, mode = self._arguments()
-        return f"in_features={self.in_features}, out_features={self.out_features}, bits={bits}, group_size={size}, mode={mode}"
+        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{shape}, bits={bits}, group_size={size}, mode={mode}"
 
 
 class QuantizedLinear(PackedModule):
     """`x [..., K] -> x @ w.T + bias [..., N]` in x's dtype."""
 
-    def __init__(self, *packed: Any, bias: torch.Tensor | None = None, fast: bool = False) -> None:
-        super().__init__(*packed, fast=fast)
+    bias: torch.Tensor | None
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        scales: torch.Tensor,
+        biases: torch.Tensor | None,
+        settings: Settings,
+        fast: bool = False,
+        bias: torch.Tensor | None = None,
+    ) -> None:
+        super().__init__(weight, scales, biases, settings, fast)
         self.register_buffer("bias", bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -96,8 +116,17 @@ class QuantizedLinear(PackedModule):
 class QuantizedEmbedding(PackedModule):
     """`ids [...] -> rows [..., K]` in `dtype`, times `scale` where an architecture scales its embeddings."""
 
-    def __init__(self, *packed: Any, dtype: torch.dtype, scale: float = 1.0, fast: bool = False) -> None:
-        super().__init__(*packed, fast=fast)
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        scales: torch.Tensor,
+        biases: torch.Tensor | None,
+        settings: Settings,
+        dtype: torch.dtype = torch.float32,
+        scale: float = 1.0,
+        fast: bool = False,
+    ) -> None:
+        super().__init__(weight, scales, biases, settings, fast)
         self.dtype = dtype
         self.scale = scale
 
@@ -141,7 +170,9 @@ class QuantizedExperts(nn.Module):
         self.gate_proj, self.up_proj, self.down_proj = gate, up, down
         self.act_fn = activation
 
-    def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
         """`hidden_states` [M, D], `top_k_index` and `top_k_weights` [M, k] -> [M, D]."""
         hidden = self.act_fn(self.gate_proj(hidden_states, top_k_index)) * self.up_proj(hidden_states, top_k_index)
         parts = self.down_proj(hidden, top_k_index) * top_k_weights.reshape(-1, 1).to(hidden.dtype)
@@ -174,6 +205,11 @@ def speed_up(model: nn.Module) -> nn.Module:
         return model
     for part in model.modules():
         weight = part.weight if type(part) is nn.Linear else None
-        if weight is not None and weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.is_contiguous():
+        if (
+            weight is not None
+            and weight.dtype == torch.bfloat16
+            and weight.device.type == "cpu"
+            and weight.is_contiguous()
+        ):
             part.__class__ = Bfloat16Linear
     return model

@@ -1,6 +1,6 @@
 """The C++ extension: whether it is there, its threads, and calls that pass tensors as pointers.
 
-Environment: `ISOMORPH_KERNELS` = avx512 | avx2 | neon | portable | none chooses the instruction set, or does without the
+Environment: `ISOMORPH_KERNELS` = avx512 | avx2 | neon | portable | none chooses the instruction set or does without the
 extension; `ISOMORPH_NUM_THREADS` sets the threads (default: torch's).
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def extension() -> Any:
     if wanted == "none":
         return None
     try:
-        from isomorph.kernels import _native
+        _native = import_module("isomorph.kernels._native")
     except ImportError:
         log.warning(
             "isomorph's CPU kernels are not built, so quantized products run through plain torch, many times slower; "
@@ -59,7 +60,10 @@ def packed_handle(weight: torch.Tensor, scales: torch.Tensor, biases: torch.Tens
         raise ValueError("expected biases like the scales")
     experts = weight.shape[0] if weight.ndim == 3 else 1
     rows, columns = weight.shape[-2], scales.shape[-1] * settings.group_size
-    if weight.element_size() * 8 * weight.shape[-1] != columns * settings.bits or scales.shape[:-1] != weight.shape[:-1]:
+    if (
+        weight.element_size() * 8 * weight.shape[-1] != columns * settings.bits
+        or scales.shape[:-1] != weight.shape[:-1]
+    ):
         raise ValueError(
             f"expected packed weights and scales that agree; found {list(weight.shape)} and {list(scales.shape)}"
         )
@@ -96,7 +100,7 @@ def multiply(handle: Any, x: torch.Tensor, rows: int, fast: bool) -> torch.Tenso
 
 
 def multiply_experts(handle: Any, x: torch.Tensor, experts: torch.Tensor, rows: int, fast: bool) -> torch.Tensor:
-    """Row i of the result is row i * M // len(experts) of `x [M, K]` times expert `experts[i]`: [len(experts), rows]."""
+    """Row i of the result, [R, rows], is row i * M // R of `x [M, K]` times expert `experts[i]`, i < R."""
     y = torch.empty((experts.shape[0], rows), dtype=x.dtype)
     kind, repeats = TYPES[x.dtype], experts.shape[0] // max(1, x.shape[0])
     extension().multiply_experts(

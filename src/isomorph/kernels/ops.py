@@ -1,10 +1,12 @@
 """The products as torch operators: `torch.ops.isomorph.*`, for torch.compile, autograd and every device.
 
-CPU tensors go to the C++ extension, CUDA ones to Triton, anything else to plain torch. Packed words may be int32 or
+CPU tensors go to the C++ extension, anything else to plain torch. Packed words may be int32 or
 uint32 [N, K * bits / 32]; scales and biases [N, K / group_size].
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -16,7 +18,9 @@ _PACKED = "Tensor weight, Tensor scales, Tensor? biases"
 _SETTINGS = "int bits, int group_size, str mode, bool fast"
 _LIBRARY.define(f"quantized_linear(Tensor x, {_PACKED}, {_SETTINGS}) -> Tensor")
 _LIBRARY.define(f"quantized_experts_linear(Tensor x, {_PACKED}, Tensor experts, {_SETTINGS}) -> Tensor")
-_LIBRARY.define(f"dequantize_rows({_PACKED}, Tensor indices, int bits, int group_size, str mode, ScalarType dtype) -> Tensor")
+_LIBRARY.define(
+    f"dequantize_rows({_PACKED}, Tensor indices, int bits, int group_size, str mode, ScalarType dtype) -> Tensor"
+)
 _LIBRARY.define("bfloat16_linear(Tensor x, Tensor weight) -> Tensor")
 
 
@@ -43,17 +47,6 @@ def linear_with_handle(handle, x: torch.Tensor, outputs: int, settings: Settings
     # float32 weights keep the product exact to float32's rounding whatever the activations are.
     values = native.dequantize(handle, None, outputs, x.shape[1], torch.float32)
     return (x.float() @ values.T).to(x.dtype)
-
-
-def _linear_cuda(x, weight, scales, biases, bits, group_size, mode, fast):
-    from isomorph.kernels import triton
-
-    settings, rows = Settings(bits, group_size, mode), _flat(x)
-    if triton.supports(rows.shape[0], settings):
-        y = triton.linear(rows, weight, scales, biases, settings)
-    else:
-        y = reference.linear(rows, weight, scales, biases, settings)
-    return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def _linear_any(x, weight, scales, biases, bits, group_size, mode, fast):
@@ -97,15 +90,16 @@ def _bfloat16_cpu(x, weight):
     return native.multiply_bfloat16(weight, rows).reshape(*x.shape[:-1], weight.shape[0])
 
 
-for _name, _implementations in {
-    "quantized_linear": {"CPU": _linear_cpu, "CUDA": _linear_cuda, "CompositeExplicitAutograd": _linear_any},
+_IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
+    "quantized_linear": {"CPU": _linear_cpu, "CompositeExplicitAutograd": _linear_any},
     "quantized_experts_linear": {"CPU": _experts_cpu, "CompositeExplicitAutograd": _experts_any},
     "dequantize_rows": {"CPU": _rows_cpu, "CompositeExplicitAutograd": _rows_any},
     "bfloat16_linear": {
         "CPU": _bfloat16_cpu,
         "CompositeExplicitAutograd": lambda x, weight: torch.nn.functional.linear(x, weight.to(x.dtype)),
     },
-}.items():
+}
+for _name, _implementations in _IMPLEMENTATIONS.items():
     for _key, _implementation in _implementations.items():
         _LIBRARY.impl(_name, _implementation, _key)
 
