@@ -183,7 +183,7 @@ def _write(result: Demo) -> None:
 def page(result: Demo) -> str:
     """The demo's report.md."""
     header, *rows = cells(result)
-    linked = [[f"[{row[0]}]({row[0]}/report.md)" if row[2] != "reference" else row[0], *row[1:]] for row in rows]
+    linked = [[f"[{row[0]}]({row[0]}/report.md)" if row[3] != "reference" else row[0], *row[1:]] for row in rows]
     parts = [
         "# isomorph demo",
         "A small Talkie, trained on books printed before 1931, ported from Transformers to MLX and Flax and quantized. "
@@ -204,20 +204,9 @@ def page(result: Demo) -> str:
 
 def cells(result: Demo) -> list[list[str]]:
     """The table of the page and of the terminal: a header, then a row a variant."""
-    rows = [
-        [
-            "variant",
-            "size",
-            "verdict",
-            "largest difference",
-            "noise ratio",
-            "same top token",
-            "KL, nats per token",
-            "seconds",
-        ]
-    ]
+    rows = [["variant", "MB", "bits", "verdict", "max diff", "noise ratio", "top-1", "KL, nats", "s"]]
     for variant in result.variants:
-        row = [variant.name, f"{variant.payload_bytes / 1e6:.1f} MB, {variant.bits_per_weight:.2f} bits"]
+        row = [variant.name, f"{variant.payload_bytes / 1e6:.1f}", f"{variant.bits_per_weight:.2f}"]
         certificate, seconds = variant.certificate, f"{sum(variant.seconds.values()):.0f}"
         if certificate is None:
             rows.append([*row, "reference", "", "", "", "", seconds])
@@ -245,7 +234,7 @@ def print_demo(result: Demo) -> None:
         title="Talkie in each framework, against Transformers", box=None, pad_edge=False, title_justify="left"
     )
     for index, name in enumerate(header):
-        figures.add_column(name, justify="right" if index > 2 else "left", vertical="bottom")
+        figures.add_column(name, justify="left" if index in (0, 3) else "right", no_wrap=True)
     styles = {"passed": "[green]passed[/]", "FAILED": "[bold red]FAILED[/]"}
     for row in rows:
         figures.add_row(*(styles.get(cell, escape(cell)) for cell in row))

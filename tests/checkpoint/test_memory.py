@@ -142,10 +142,10 @@ def test_the_peak_of_every_pair(tmp_path: Path, source: str) -> None:
     model = sparse_checkpoint(tmp_path / "sparse", **MIDDLING)
     convert(model, tmp_path / "source", layout=source)
     for target in LAYOUTS:
-        for dtype in ("", "float32"):
-            before, peak = peak_anonymous_bytes(tmp_path / "source", tmp_path / "target", target, dtype)
-            assert peak - before < BOUND_BYTES, (target, dtype)
-            shutil.rmtree(tmp_path / "target")
+        # Casting up is the harder case: blocks of both dtypes at once.
+        before, peak = peak_anonymous_bytes(tmp_path / "source", tmp_path / "target", target, "float32")
+        assert peak - before < BOUND_BYTES, target
+        shutil.rmtree(tmp_path / "target")
 
 
 @LINUX
@@ -154,7 +154,6 @@ def test_the_peak_of_every_pair(tmp_path: Path, source: str) -> None:
     ("source", "target", "layers", "dtype"),
     [
         ("transformers", "mlx-folded", 11, ""),
-        ("transformers", "original", 11, ""),
         ("original", "flax", 11, ""),
         ("original", "transformers-folded", 5, "float32"),
     ],

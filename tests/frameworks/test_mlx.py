@@ -53,14 +53,14 @@ CONFIGS: dict[str, Any] = {
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     from transformers import AutoModelForCausalLM
 
-    torch.manual_seed(0)
     base = tmp_path_factory.mktemp("stock")
     for name, config in CONFIGS.items():
+        torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config)
         with torch.no_grad():
-            for parameter in model.parameters():
-                # Amplified: at the initial 0.02 nothing but the embedding shows.
-                if parameter.ndim > 1:
+            for path, parameter in model.named_parameters():
+                # Amplified: at the initial 0.02 nothing but the embedding shows. A_log are rates of decay, not weights.
+                if parameter.ndim > 1 and "A_log" not in path:
                     parameter.normal_(0.0, 1.2 * parameter.shape[-1] ** -0.5)
         model.save_pretrained(base / name)
     return {name: base / name for name in CONFIGS}

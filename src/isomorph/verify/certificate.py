@@ -41,6 +41,7 @@ class Tap:
     """One hidden state compared: RMS errors against the exact run, their ratio, and the candidate's plain distance.
 
     `error` and `floor` are the candidate's and the reference's RMS error, `size` the RMS of the values themselves.
+    `diverged` says that the ratio is beyond `limit`; `rule` is what the numeric rule allows of `max_abs`.
     Without an exact run `error` is the distance to the reference and `ratio` the share of the numeric rule's limit.
     """
 
@@ -53,6 +54,7 @@ class Tap:
     size: float
     ratio: float
     limit: float
+    rule: float
     diverged: bool
 
 
@@ -123,7 +125,9 @@ class Certificate:
 
     @property
     def first_divergence(self) -> str | None:
-        """The first hidden state that is wrong, at the finest precision compared; `logits` when only those are."""
+        """Of a failed comparison: the first hidden state beyond its limit, at the finest precision; else `logits`."""
+        if self.passed:
+            return None
         for level in reversed(self.levels):
             if level.first_divergence:
                 return level.first_divergence

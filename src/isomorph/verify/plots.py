@@ -131,18 +131,21 @@ def plot_variants_layers(levels: Mapping[str, Level], path: Path) -> None:
     """Relative RMS error of every hidden state of several candidates, each against its judge's exact run."""
     with figure(path, "Error of each hidden state, computing in float32") as (ax,):
         names: list[str] = []
+        limits: list[np.ndarray] = []
         for (label, level), colour, marker in zip(levels.items(), COLOURS, MARKERS):
             names = [short_name(tap.name) for tap in level.layers]
             size = np.array([tap.size or 1.0 for tap in level.layers])
             x, error = np.arange(len(names)), np.array([tap.error for tap in level.layers]) / size
             floor = np.array([tap.floor for tap in level.layers]) / size
-            ax.fill_between(x, floor / 50, MAX_NOISE_RATIO * floor, color=GREY, alpha=0.06, linewidth=0)
+            limits.append(MAX_NOISE_RATIO * floor)
             ax.plot(x, error, color=colour, marker=marker, markersize=5, label=label)
+        if limits:
+            ax.plot(np.min(limits, axis=0), color=GREY, linestyle="--", linewidth=1.2, label="limit")
         ax.set_yscale("log")
         thin_ticks(ax, names)
         ax.set_xlabel("block", fontsize=10)
         ax.set_ylabel("RMS error / RMS of the state", fontsize=10)
-        ax.set_title("against float64 on the same weights; grey: allowed", fontsize=10, loc="left", color="#333333")
+        ax.set_title("against float64 on the same weights", fontsize=10, loc="left", color="#333333")
         ax.legend(frameon=False, fontsize=9)
 
 
