@@ -180,7 +180,7 @@ class QuantizedExperts(nn.Module):
 
 
 #: Rows up to which our own product with bfloat16 weights reads them faster than torch's.
-FEW_ROWS = 8
+FEW_ROWS = 2
 
 
 class Bfloat16Linear(nn.Linear):
