@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from isomorph.errors import InputError
 from isomorph.stage import callable_module
 from isomorph.verify.certificate import Certificate, Check
 
@@ -41,6 +42,8 @@ def verify(
 
     The certificate is truthy when no check failed and logits were compared. Raises InputError for bad input.
     """
+    if report is not None and Path(report).exists() and not Path(report).is_dir():
+        raise InputError(f"expected a folder for the report; found the file {report}; choose another name")
     from isomorph.verify.session import Session
     from isomorph.verify.side import Side
 
