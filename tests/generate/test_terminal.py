@@ -122,6 +122,7 @@ def test_turns_commands_and_leaving(terminal):
     assert program.close() == 0
 
 
+@pytest.mark.full
 def test_control_c_stops_the_answer_and_not_the_program(terminal):
     program = terminal()
     program.wait_for("> ")
