@@ -6,7 +6,9 @@ READY := $(VENV)/.ready
 
 .PHONY: demo test test-full lint clean
 
-$(READY): pyproject.toml constraints.txt
+KERNELS := $(wildcard src/isomorph/kernels/csrc/*)
+
+$(READY): pyproject.toml constraints.txt $(KERNELS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[all,dev]'

@@ -342,6 +342,43 @@ def read_text(path: Path | None) -> str:
         raise InputError(f"expected a text file at {path}; found that {reason}; give another --text") from None
 
 
+# --- bench -----------------------------------------------------------------------------------------------------------
+
+
+@app.command("bench")
+def bench_command(
+    model: str,
+    framework: Framework = "torch",
+    dtype: Dtype = None,
+    numerics: Annotated[str, typer.Option(help="exact, or fast: int8 activations in quantized products.")] = "exact",
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 512,
+    tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 64,
+    repetitions: Annotated[int, typer.Option(help="Measured repetitions.")] = 5,
+    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Tokens a second of prefill and decode, against the memory's own speed."""
+    from isomorph import evaluate, load
+    from isomorph.records import to_json
+
+    loaded = load(model, framework=framework, dtype=dtype, numerics=numerics, trust_remote_code=trust_remote_code)
+    result = evaluate.throughput(loaded, prompt, tokens, repetitions, batch)
+    rows = {
+        "prefill": f"{result.prefill_tokens_per_second:.1f} ± {result.prefill_tokens_per_second_sd:.1f} tokens/s",
+        "decode": f"{result.decode_tokens_per_second:.1f} ± {result.decode_tokens_per_second_sd:.1f} tokens/s",
+        "first token": f"{result.time_to_first_token_seconds:.3f} s",
+        "read bandwidth": f"{result.read_bandwidth_bytes_per_second / 1e9:.1f} GB/s",
+        "peak memory": f"{result.peak_memory_bytes / 1e9:.2f} GB",
+    }
+    if result.bytes_read_per_token is not None and result.read_bandwidth_fraction is not None:
+        rows["read per token"] = f"{result.bytes_read_per_token / 1e9:.3f} GB"
+        rows["of bandwidth"] = f"{result.read_bandwidth_fraction:.0%}"
+    show("bench", rows)
+    if as_json:
+        print_json(to_json(result))
+
+
 # --- generate --------------------------------------------------------------------------------------------------------
 
 MaxTokens = Annotated[int, typer.Option("--max-tokens", help="The most new tokens.")]

@@ -13,7 +13,7 @@ from isomorph.frameworks import FRAMEWORKS
 from isomorph.frameworks.model import Model
 from isomorph.stage import callable_module
 
-NUMERICS = ("exact",)
+NUMERICS = ("exact", "fast")
 
 
 def load(

@@ -208,8 +208,6 @@ def test_unloadable_stock_folders_are_refused(llama: Path, tmp_path: Path) -> No
     renamed = lambda weights: {name.replace("q_proj", "q_projection"): value for name, value in weights.items()}
     assert "did you mean" in refused(broken(llama, tmp_path / "names", renamed))
     assert "another shape and 8 more" in refused(broken(llama, tmp_path / "shape", intermediate_size=64))
-    quantized = broken(llama, tmp_path / "mlx", quantization={"bits": 4, "group_size": 32})
-    assert "framework mlx" in refused(quantized)
 
 
 def test_code_of_a_repository_runs_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,5 +5,6 @@ from isomorph.evaluate.divergence import divergence
 from isomorph.evaluate.perplexity import perplexity
 from isomorph.evaluate.protocols import PROTOCOLS, Protocol
 from isomorph.evaluate.record import Record
+from isomorph.evaluate.throughput import Throughput, throughput
 
-__all__ = ["PROTOCOLS", "Protocol", "Record", "degeneration", "divergence", "perplexity"]
+__all__ = ["PROTOCOLS", "Protocol", "Record", "Throughput", "degeneration", "divergence", "perplexity", "throughput"]

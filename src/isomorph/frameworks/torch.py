@@ -15,9 +15,13 @@ from torch import nn
 
 from isomorph.architectures.base import Architecture
 from isomorph.checkpoint import Checkpoint, Tensor
+from isomorph.checkpoint.mlx_quantized import quantized_modules
+from isomorph.checkpoint.tensor import FLOATING
 from isomorph.errors import InputError, did_you_mean
 from isomorph.frameworks.model import Model
+from isomorph.frameworks.torch_quantized import place, quantized_model
 from isomorph.frameworks.torch_state import TorchDecodeState
+from isomorph.kernels.modules import speed_up
 from isomorph.port import mapped
 
 logger = logging.getLogger(__name__)
@@ -52,13 +56,17 @@ def load_model(
     `architecture` is None for those that are not ours: they load through Transformers, whose code a repository may
     ship only with `trust_remote_code`. Raises InputError.
     """
-    place = torch_device(device)
+    device_here = torch_device(device)
     if architecture is None:
-        module, config = stock_model(checkpoint, dtype, trust_remote_code)
+        if checkpoint.quantization is not None:
+            module, config = quantized_model(checkpoint, dtype, fast=numerics == "fast")
+        else:
+            module, config = stock_model(checkpoint, dtype, trust_remote_code)
         name = str(config.model_type)
     else:
-        module, name = own_model(architecture, checkpoint, config, dtype), architecture.model_type
-    return TorchModel(module.to(place).eval().requires_grad_(False), name, config)
+        module = own_model(architecture, checkpoint, config, dtype, fast=numerics == "fast")
+        name = architecture.model_type
+    return TorchModel(speed_up(module.to(device_here).eval().requires_grad_(False)), name, config)
 
 
 def torch_device(name: str | None) -> torch.device:
@@ -72,8 +80,10 @@ def torch_device(name: str | None) -> torch.device:
     return device
 
 
-def own_model(architecture: Architecture, checkpoint: Checkpoint, config: Any, dtype: str | None) -> nn.Module:
-    """The architecture's own model, filled tensor by tensor; nothing is initialised twice."""
+def own_model(
+    architecture: Architecture, checkpoint: Checkpoint, config: Any, dtype: str | None, fast: bool = False
+) -> nn.Module:
+    """The architecture's own model, filled tensor by tensor and not initialised before; packed weights stay packed."""
     file = architecture.module("modeling_torch")
     config_name = architecture.config_class.__name__
     # A folded head stays folded: unfolding it would undo the rounding that the stored weights have.
@@ -83,16 +93,24 @@ def own_model(architecture: Architecture, checkpoint: Checkpoint, config: Any, d
         if name.startswith(architecture.native[FRAMEWORK])
         and all(getattr(config, key) == value for key, value in entry.config.items())
     )
-    # What is dequantized for a wide dtype is not rounded to a narrow one first; MLX does not either.
-    wide = "float32" if checkpoint.quantization is not None and dtype in ("float32", "float64") else None
-    tensors = list(mapped(checkpoint, architecture, layout, config=config, dtype=wide))
-    target = getattr(torch, dtype or main_dtype(tensors))
+    tensors = {
+        tensor.name: tensor
+        for tensor in mapped(
+            checkpoint, architecture, layout, config=config, dequantize=checkpoint.quantization is None
+        )
+    }
+    packed = quantized_modules(tensors, checkpoint.quantization) if checkpoint.quantization is not None else {}
+    target = getattr(torch, dtype or main_dtype(list(tensors.values())))
     values = {key: value for key, value in config.to_dict().items() if key != "model_type"}
     model_class = getattr(file, config_name.removesuffix("Config") + "ForCausalLM")
     with torch.device("meta"):
         module = model_class(getattr(file, config_name)(**values, dtype=target))
-    for tensor in tensors:
+    for path, entry in packed.items():
+        place(module, path, entry, target, fast)
+    for tensor in tensors.values():
         owner, _, name = tensor.name.rpartition(".")
+        if owner in packed:
+            continue
         parameter = nn.Parameter(torch_tensor(tensor.read()).to(target), requires_grad=False)
         module.get_submodule(owner).register_parameter(name, parameter)
     left = [name for name, parameter in module.named_parameters() if parameter.is_meta]
@@ -104,7 +122,8 @@ def main_dtype(tensors: list[Tensor]) -> str:
     """The floating dtype that most of the stored bytes have."""
     sizes: Counter[str] = Counter()
     for tensor in tensors:
-        sizes[tensor.dtype] += tensor.nbytes
+        if tensor.dtype in FLOATING:
+            sizes[tensor.dtype] += tensor.nbytes
     return sizes.most_common(1)[0][0]
 
 
@@ -128,10 +147,6 @@ def stock_model(checkpoint: Checkpoint, dtype: str | None, trust_remote_code: bo
         )
     if not checkpoint.tensors:
         raise InputError(f"expected weights in {checkpoint.path}; found only a config; download or convert the weights")
-    if checkpoint.quantization is not None:
-        raise InputError(
-            f"expected unquantized weights for torch; found an MLX-quantized {checkpoint.path}; use framework mlx"
-        )
     values = checkpoint.config or {}
     model_type = values.get("model_type")
     remote = "AutoModelForCausalLM" in (values.get("auto_map") or {})

@@ -1,0 +1,146 @@
+// Python binding. Pointers come from tensors' data_ptr(): the caller has checked shapes, dtypes and contiguity.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <atomic>
+#include <chrono>
+#include <stdexcept>
+
+#include "dispatch.h"
+#include "pool.h"
+
+namespace nb = nanobind;
+using namespace isomorph;
+
+namespace {
+
+// One packed weight; `experts` of them lie behind one another.
+struct Packed {
+  Weights weights;
+  int64_t experts;
+
+  Packed(uintptr_t codes, uintptr_t scales, uintptr_t biases, int mode, int scale_type, int bits, int group, int64_t rows,
+         int64_t columns, int64_t experts)
+      : weights{reinterpret_cast<const uint8_t*>(codes), reinterpret_cast<const void*>(scales),
+                reinterpret_cast<const void*>(biases), Mode(mode), Type(scale_type), bits, group, rows, columns},
+        experts(experts) {
+    const bool affine = mode == 0;
+    const bool bits_fit = affine ? bits == 2 || bits == 3 || bits == 4 || bits == 5 || bits == 6 || bits == 8
+                                 : bits == (Mode(mode) == Mode::mxfp8 ? 8 : 4);
+    const bool group_fits = affine ? group == 32 || group == 64 || group == 128 : group == (Mode(mode) == Mode::nvfp4 ? 16 : 32);
+    if (mode < 0 || mode > 3 || scale_type < 0 || scale_type > 2 || !bits_fit || !group_fits || rows < 0 || columns < 0 ||
+        columns % group != 0 || experts < 1)
+      throw std::invalid_argument("unsupported packed layout");
+  }
+
+  Weights expert(int64_t index) const {
+    Weights one = weights;
+    const int64_t scale_bytes = weights.mode == Mode::affine ? size_of(weights.scale_type) : 1;
+    const int64_t terms = index * weights.rows * weights.groups() * scale_bytes;
+    one.codes += index * weights.rows * weights.row_bytes();
+    one.scales = static_cast<const char*>(weights.scales) + terms;
+    if (weights.biases) one.biases = static_cast<const char*>(weights.biases) + terms;
+    return one;
+  }
+};
+
+struct RowPointers {
+  std::vector<const void*> x;
+  std::vector<void*> y;
+
+  void add(uintptr_t x_base, int64_t x_bytes, uintptr_t y_base, int64_t y_bytes, int64_t from, int64_t to) {
+    x.push_back(reinterpret_cast<const void*>(x_base + uintptr_t(from * x_bytes)));
+    y.push_back(reinterpret_cast<void*>(y_base + uintptr_t(to * y_bytes)));
+  }
+  Rows rows(Type x_type, Type y_type) const { return {int64_t(x.size()), x.data(), x_type, y.data(), y_type}; }
+};
+
+// Products of this many rows at a time bound the scratch memory of packed activations.
+constexpr int64_t kBlockRows = 2040;
+
+// x_stride is in elements; y is contiguous [count, rows of w].
+void multiply(const Packed& w, uintptr_t x, int x_type, int64_t x_stride, int64_t count, uintptr_t y, int y_type, bool fast) {
+  nb::gil_scoped_release release;
+  const int64_t x_bytes = x_stride * size_of(Type(x_type)), y_bytes = w.weights.rows * size_of(Type(y_type));
+  for (int64_t start = 0; start < count; start += kBlockRows) {
+    RowPointers pointers;
+    for (int64_t m = start; m < std::min(count, start + kBlockRows); ++m) pointers.add(x, x_bytes, y, y_bytes, m, m);
+    backend().multiply(w.weights, pointers.rows(Type(x_type), Type(y_type)), fast);
+  }
+}
+
+// Row i of y is row i / repeats of x times the expert experts[i]; only the experts named are read.
+void multiply_experts(const Packed& w, uintptr_t x, int x_type, int64_t x_stride, int64_t repeats, uintptr_t experts,
+                      int64_t count, uintptr_t y, int y_type, bool fast) {
+  const auto* chosen = reinterpret_cast<const int64_t*>(experts);
+  for (int64_t i = 0; i < count; ++i)
+    if (chosen[i] < 0 || chosen[i] >= w.experts) throw std::out_of_range("expert index out of range");
+  nb::gil_scoped_release release;
+  std::vector<RowPointers> by_expert(size_t(w.experts));
+  const int64_t x_bytes = x_stride * size_of(Type(x_type)), y_bytes = w.weights.rows * size_of(Type(y_type));
+  for (int64_t i = 0; i < count; ++i) by_expert[size_t(chosen[i])].add(x, x_bytes, y, y_bytes, i / repeats, i);
+  for (int64_t e = 0; e < w.experts; ++e)
+    if (!by_expert[size_t(e)].x.empty())
+      backend().multiply(w.expert(e), by_expert[size_t(e)].rows(Type(x_type), Type(y_type)), fast);
+}
+
+void multiply_bfloat16(uintptr_t w, int64_t n, int64_t k, uintptr_t x, int x_type, int64_t x_stride, int64_t count, uintptr_t y,
+                       int y_type) {
+  nb::gil_scoped_release release;
+  RowPointers pointers;
+  for (int64_t m = 0; m < count; ++m)
+    pointers.add(x, x_stride * size_of(Type(x_type)), y, n * size_of(Type(y_type)), m, m);
+  backend().multiply_bfloat16(reinterpret_cast<const void*>(w), n, k, pointers.rows(Type(x_type), Type(y_type)));
+}
+
+// `indices` 0 means rows 0..count-1 of all experts together.
+void dequantize(const Packed& w, uintptr_t indices, int64_t count, uintptr_t out, int type) {
+  const auto* rows = reinterpret_cast<const int64_t*>(indices);
+  Weights all = w.weights;
+  all.rows *= w.experts;
+  if (!rows && count > all.rows) throw std::out_of_range("more rows asked for than there are");
+  for (int64_t i = 0; rows && i < count; ++i)
+    if (rows[i] < 0 || rows[i] >= all.rows) throw std::out_of_range("row index out of range");
+  nb::gil_scoped_release release;
+  backend().dequantize(all, rows, count, reinterpret_cast<void*>(out), Type(type));
+}
+
+// GB/s of reading `bytes` at `data` once with all threads: what a memory-bound kernel can reach at best.
+double read_bandwidth(uintptr_t data, int64_t bytes) {
+  nb::gil_scoped_release release;
+  std::atomic<uint64_t> sink{0};
+  auto start = std::chrono::steady_clock::now();
+  parallel(bytes / 65536, 1, [&](int64_t begin, int64_t end) {
+    const auto* p = reinterpret_cast<const uint64_t*>(data) + begin * 8192;
+    uint64_t sums[32] = {};
+    for (int64_t i = 0; i < (end - begin) * 8192; i += 32)
+      for (int j = 0; j < 32; ++j) sums[j] += p[i + j];
+    for (uint64_t sum : sums) sink += sum;
+  });
+  return double(bytes) / std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / 1e9;
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.doc() = "Products with weights in MLX's packed layout, on this CPU.";
+  nb::class_<Packed>(m, "Packed").def(nb::init<uintptr_t, uintptr_t, uintptr_t, int, int, int, int, int64_t, int64_t, int64_t>());
+  m.def("multiply", &multiply);
+  m.def("multiply_experts", &multiply_experts);
+  m.def("multiply_bfloat16", &multiply_bfloat16);
+  m.def("dequantize", &dequantize);
+  m.def("read_bandwidth", &read_bandwidth);
+  m.def("backends", [] {
+    std::vector<std::string> names;
+    for (const Backend* found : available_backends()) names.push_back(found->name);
+    return names;
+  });
+  m.def("backend", [] { return std::string(backend().name); });
+  m.def("choose_backend", &choose_backend);
+  m.def("has_wide", [] { return backend().wide; });
+  m.def("thread_count", &thread_count);
+  m.def("set_thread_count", &set_thread_count);
+  m.def("borrow_openmp", &borrow_openmp);
+  m.def("pool_name", [] { return std::string(pool_name()); });
+}
