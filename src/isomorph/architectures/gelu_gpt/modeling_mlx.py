@@ -184,7 +184,7 @@ class Block(nn.Module):
 
 
 class GeluGPTModel(nn.Module):
-    """The trunk: everything but the head."""
+    """The network; its head, where it has one of its own, is for `Model` to use."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -198,6 +198,8 @@ class GeluGPTModel(nn.Module):
             nn.Embedding(args.padded_vocab_size, kv_width) if args.has_value_embedding(layer) else nn.Identity()
             for layer in layers
         ]
+        if not args.tie_embeddings:
+            self.lm_head = nn.Linear(args.n_embd, args.padded_vocab_size, bias=False)
         self.smear_gate = nn.Linear(SMEAR_GATE_CHANNELS, 1, bias=False)
         self.smear_lambda = mx.zeros((1,))
         self.backout_lambda = mx.full((1,), 0.2)
@@ -237,11 +239,11 @@ class GeluGPTModel(nn.Module):
     def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
         """Ids [B, T] -> what the head takes [B, T, D]; `cache` is what `Model.make_cache` makes."""
         args = self.args
-        embedded_cache, caches = None, [None] * args.n_layer
+        caches, embedded_cache = cache or [None] * args.n_layer, None
+        offset: int | mx.array = 0
         if cache is not None:
-            (first, embedded_cache), *rest = cache[0].caches, *cache[1:]
-            caches = [first, *rest]
-        offset = 0 if cache is None else caches[0].offset
+            caches = [cache[0][0], *cache[1:]]
+            embedded_cache, offset = cache[0][1], caches[0].offset
         if isinstance(offset, mx.array):
             offset = offset + 0  # a copy: a cache may add to its own in place before the last block has run
         rope = self.rope(inputs.shape[1], offset)
@@ -280,27 +282,24 @@ class GeluGPTModel(nn.Module):
 
 
 class Model(nn.Module):
-    """`GeluGPTForCausalLM` under the name that mlx-lm asks for: the head is a matrix of its own, or the embedding."""
+    """`GeluGPTForCausalLM` under the name that mlx-lm asks for."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
         self.model_type = args.model_type
         self.model = GeluGPTModel(args)
-        if not args.tie_embeddings:
-            self.lm_head = nn.Linear(args.n_embd, args.padded_vocab_size, bias=False)
 
     def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
         """Ids [B, T] -> logits, float32 [B, T, V]: without padded rows, capped."""
         x = self.model(inputs, cache)
-        logits = self.model.wte.as_linear(x) if self.args.tie_embeddings else self.lm_head(x)
+        logits = self.model.wte.as_linear(x) if self.args.tie_embeddings else self.model.lm_head(x)
         logits = logits[..., : self.args.vocab_size].astype(mx.float32)
         return SOFT_CAP * mx.tanh(logits / SOFT_CAP)
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Leave out what a published export may hold beside the parameters: rope tables, and a tied head once more."""
-        extra = {"model.rope_cos", "model.rope_sin"} | ({"lm_head.weight"} if self.args.tie_embeddings else set())
-        return {name: value for name, value in weights.items() if name not in extra}
+        """Leave out the rope tables that a published export may hold."""
+        return {name: value for name, value in weights.items() if not name.endswith((".rope_cos", ".rope_sin"))}
 
     def make_cache(self) -> list[Any]:
         """Each layer keeps its window and itself; beside layer 0's keys and values, the normed embeddings.
