@@ -106,8 +106,12 @@ void apply(int operation, float* a, const float* b, int count, float p, float q)
     case kCos: EACH(std::cos(x));
     case kSin: EACH(std::sin(x));
     case kPower:
-      if (p == 2.f) EACH(x * x);
-      if (p == 3.f) EACH(x * x * x);
+      if (p == 2.f) {
+        EACH(x * x);
+      }
+      if (p == 3.f) {
+        EACH(x * x * x);
+      }
       EACH(std::pow(x, p));
     case kClamp: EACH(x < p ? p : x > q ? q : x);
     case kAdd: PAIR(x + p * y);
