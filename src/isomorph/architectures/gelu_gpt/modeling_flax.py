@@ -17,7 +17,7 @@ split the weights; give ids the axes ("data", "fsdp") to split the batch.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -36,6 +36,9 @@ SOFT_CAP = 15.0
 #: Channels of the normed input that open the gates of smear and of the value embeddings (nanochat).
 SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS = 24, 12
 
+#: Tokens of a row whose queries, and whose logits in the loss, are computed at once: what fits a processor's cache.
+QUERY_BLOCK, LOSS_BLOCK = 256, 128
+
 #: config.mlp -> activation. GELU is its tanh approximation, as `jax.nn.gelu` has it by default.
 ACTIVATIONS = {"gelu": nnx.gelu, "relu2": lambda x: jnp.square(nnx.relu(x))}
 
@@ -45,16 +48,19 @@ ROW: dict[str, Any] = {"out_sharding": ("model", "fsdp"), "eager_sharding": Fals
 WHOLE: dict[str, Any] = {"out_sharding": (None, None), "eager_sharding": False}
 
 
+#: Keys and values of one layer, each [B, S, G, K].
+KeyValue = tuple[jax.Array, jax.Array]
+
+
 class Cache(NamedTuple):
     """What decoding remembers: rings of slots, in which the token at position p lies at slot p modulo their size.
 
-    `embedded` [B, S, D] holds embeddings as they were before smear, which looks back by one; `keys` and `values`
-    [B, S, G, K] are one a layer. A layer's ring need not be larger than its window and what is fed at once.
+    `embedded` [B, S, D] holds normed embeddings as they were before smear, which looks back by one. A ring need not
+    have more slots than its layer looks back and what is fed at once.
     """
 
     embedded: jax.Array
-    keys: list[jax.Array]
-    values: list[jax.Array]
+    layers: list[KeyValue]
 
 
 def rms_norm(x: jax.Array, eps: float) -> jax.Array:
@@ -100,16 +106,42 @@ def ring_write(ring: jax.Array, slots: jax.Array, values: jax.Array) -> jax.Arra
     return ring.at[jnp.arange(len(ring))[:, None], slots].set(values, mode="drop")
 
 
+@jax.custom_vjp
+def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [..., in] @ kernel [in, out]. Its backward pass is written out: left to itself, XLA on a CPU transposes the
+    larger factor while computing it, which takes longer than the product."""
+    return x @ kernel
+
+
+def matmul_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return x @ kernel, (jax.lax.optimization_barrier(x), kernel)
+
+
+def matmul_backward(factors: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = factors
+    gradient = jax.lax.optimization_barrier(gradient)
+    return gradient @ kernel.T, jnp.einsum("...i,...o->io", x, gradient)
+
+
+matmul.defvjp(matmul_forward, matmul_backward)
+
+
+def product(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
+    """`matmul` as `nnx.Linear` calls its product: the dimensions are always these."""
+    return matmul(x, kernel)
+
+
 def linear(
     inputs: int, outputs: int, split: dict[str, Any], init: Any, dtype: Any, param_dtype: Any, rngs: nnx.Rngs
 ) -> nnx.Linear:
-    """A matrix [in, out] without bias."""
+    """A matrix [in, out] without bias, over the mesh axes `split`."""
     return nnx.Linear(
         inputs,
         outputs,
         use_bias=False,
         kernel_init=init,
         kernel_metadata=split,
+        dot_general=product,
         dtype=dtype,
         param_dtype=param_dtype,
         rngs=rngs,
@@ -121,10 +153,102 @@ def uniform(low: float, high: float) -> Any:
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, low, high)
 
 
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, key_positions: jax.Array, window: int
+) -> jax.Array:
+    """Softmax attention, in float32, over the keys at most `window` before each query and not after it.
+
+    q [B, G, H/G, T, K] at `positions` [B, T], k and v [B, G, 1, S, K] at `key_positions` [B, S], negative where there
+    is none -> [B, G, H/G, T, K].
+    """
+    back = positions[:, :, None] - key_positions[:, None, :]
+    seen = (back >= 0) & (back <= window) & (key_positions >= 0)[:, None, :]  # [B, T, S]
+    scores = jnp.einsum("...tk,...sk->...ts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)  # finite: padding sees nothing
+    return nnx.softmax(scores).astype(v.dtype) @ v
+
+
+def attend_in_blocks(
+    q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, key_positions: jax.Array, window: int
+) -> jax.Array:
+    """`attend` where queries and keys are the same tokens: of each block of queries only the keys that it may see."""
+    blocks = []
+    for start in range(0, q.shape[-2], QUERY_BLOCK):
+        queries = slice(start, start + QUERY_BLOCK)
+        keys = slice(max(start - window, 0), start + QUERY_BLOCK)
+        blocks.append(
+            attend(
+                q[..., queries, :],
+                k[..., keys, :],
+                v[..., keys, :],
+                positions[:, queries],
+                key_positions[:, keys],
+                window,
+            )
+        )
+    return jnp.concatenate(blocks, axis=-2)
+
+
+def cross_entropy(x: jax.Array, weight: jax.Array, targets: jax.Array, vocab_size: int) -> jax.Array:
+    """-log softmax(capped x @ weight.T)[target] in nats, summed over the targets that are not negative.
+
+    x [B, T, D], weight [V or more, D], targets [B, T]. In parts, each with its gradient: [B, T, V] never exists.
+    """
+    parts = -(-x.shape[1] // LOSS_BLOCK)
+    missing = parts * LOSS_BLOCK - x.shape[1] if parts > 1 else 0
+    x = jnp.pad(x, ((0, 0), (0, missing), (0, 0)))
+    targets = jnp.pad(targets, ((0, 0), (0, missing)), constant_values=-1)
+    split = (len(x), parts, -1)
+    x, targets = x.reshape(*split, x.shape[-1]).swapaxes(0, 1), targets.reshape(split).swapaxes(0, 1)
+    return _cross_entropy(x, targets, weight, vocab_size)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _cross_entropy(x: jax.Array, targets: jax.Array, weight: jax.Array, vocab_size: int) -> jax.Array:
+    return jax.lax.map(lambda part: _part_of_cross_entropy(part[0], part[1], weight, vocab_size)[0], (x, targets)).sum()
+
+
+def _cross_entropy_forward(x: jax.Array, targets: jax.Array, weight: jax.Array, vocab_size: int) -> tuple[Any, Any]:
+    def add(carry: Any, part: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
+        loss, d_logits = _part_of_cross_entropy(part[0], part[1], weight, vocab_size)
+        d_logits = jax.lax.optimization_barrier(d_logits.astype(weight.dtype))
+        d_weight = jnp.einsum("btv,btd->vd", d_logits, part[0], preferred_element_type=jnp.float32)
+        return (carry[0] + loss, carry[1] + d_weight), d_logits @ weight
+
+    (loss, d_weight), d_x = jax.lax.scan(add, (jnp.zeros(()), jnp.zeros(weight.shape)), (x, targets))
+    return loss, (d_x, d_weight.astype(weight.dtype))
+
+
+def _cross_entropy_backward(_: int, gradients: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[Any, ...]:
+    d_x, d_weight = (known * gradient.astype(known.dtype) for known in gradients)
+    return d_x, None, d_weight
+
+
+_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+def _part_of_cross_entropy(
+    x: jax.Array, targets: jax.Array, weight: jax.Array, vocab_size: int
+) -> tuple[jax.Array, jax.Array]:
+    """The summed loss and its gradient by the logits [B, T, V] before the cap."""
+    capped = jnp.tanh((x @ weight.T).astype(jnp.float32) / SOFT_CAP)  # [B, T, V], in -1..1
+    columns = jnp.arange(len(weight))
+    # No maximum to subtract: the cap is one.
+    odds = jnp.where(columns < vocab_size, jnp.exp(SOFT_CAP * capped - SOFT_CAP), 0)
+    total = odds.sum(axis=-1, keepdims=True)
+    hit = columns == targets[..., None]
+    losses = jnp.log(total[..., 0]) + SOFT_CAP - SOFT_CAP * jnp.sum(capped, where=hit, axis=-1)
+    counted = targets >= 0
+    d_logits = (odds / total - hit) * (1 - capped * capped) * counted[..., None]
+    return jnp.sum(losses, where=counted), d_logits
+
+
 class Attention(nnx.Module):
     def __init__(self, config: GeluGPTConfig, layer: int, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> None:
         self.eps = config.rms_norm_eps
         self.head_dim = config.head_dim
+        self.kv_heads = config.n_kv_head
+        self.window = config.windows[layer]
         bound = (3 / config.n_embd) ** 0.5  # uniform with a spread of n_embd ** -0.5
         width, kv_width = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
         self.c_q = linear(config.n_embd, width, COLUMN, uniform(-bound, bound), dtype, param_dtype, rngs)
@@ -142,10 +266,11 @@ class Attention(nnx.Module):
         value_embedding: jax.Array | None,
         cos: jax.Array,
         sin: jax.Array,
+        positions: jax.Array,
         mask: jax.Array,
-        cache: tuple[jax.Array, jax.Array, jax.Array] | None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """`cache` is keys and values [B, S, G, K] and the slots [B, T] that these tokens take."""
+        lengths: jax.Array,
+        cache: KeyValue | None,
+    ) -> tuple[jax.Array, KeyValue | None]:
         heads = (*x.shape[:2], -1, self.head_dim)
         q = self.c_q(x).reshape(heads)  # [B, T, H, K]
         k = self.c_k(x).reshape(heads)  # [B, T, G, K]
@@ -156,15 +281,21 @@ class Attention(nnx.Module):
         q = rms_norm(apply_rope(q, cos, sin), self.eps) * QK_SCALE
         k = rms_norm(apply_rope(k, cos, sin), self.eps) * QK_SCALE
         if cache is not None:
-            keys, values, slots = cache
-            k = ring_write(keys, slots, k)  # [B, S, G, K]
-            v = ring_write(values, slots, v)  # [B, S, G, K]
-        stored = None if cache is None else (k, v)
+            size = cache[0].shape[1]
+            slots = ring_slots(positions, mask, size)
+            cache = ring_write(cache[0], slots, k), ring_write(cache[1], slots, v)  # [B, S, G, K]
+            k, v = cache
+            key_positions = ring_positions(lengths + mask.sum(axis=1), size)  # [B, S]
+        else:
+            key_positions = jnp.where(mask, positions, -1)  # [B, T]
         if q.dtype == jnp.float16:
             # Sums in float32 of float16 products are not to be had on every backend; wider factors are.
             q, k, v = (states.astype(jnp.float32) for states in (q, k, v))
-        attended = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=self.head_dim**-0.5)
-        return self.c_proj(attended.astype(x.dtype).reshape(*x.shape[:2], -1)), stored  # [B, T, D]
+        q, k, v = (states.reshape(*states.shape[:2], self.kv_heads, -1, self.head_dim) for states in (q, k, v))
+        q, k, v = (jnp.transpose(states, (0, 2, 3, 1, 4)) for states in (q, k, v))  # [B, G, H/G or 1, T or S, K]
+        run = attend_in_blocks if cache is None else attend
+        attended = run(q, k, v, positions, key_positions, self.window).astype(x.dtype)  # [B, G, H/G, T, K]
+        return self.c_proj(jnp.transpose(attended, (0, 3, 1, 2, 4)).reshape(*x.shape[:2], -1)), cache  # [B, T, D]
 
 
 class MLP(nnx.Module):
@@ -191,12 +322,15 @@ class Block(nnx.Module):
         value_embedding: jax.Array | None,
         cos: jax.Array,
         sin: jax.Array,
+        positions: jax.Array,
         mask: jax.Array,
-        cache: tuple[jax.Array, jax.Array, jax.Array] | None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        attended, stored = self.attn(rms_norm(x, self.eps), value_embedding, cos, sin, mask, cache)
+        lengths: jax.Array,
+        cache: KeyValue | None,
+    ) -> tuple[jax.Array, KeyValue | None]:
+        normed = rms_norm(x, self.eps)
+        attended, cache = self.attn(normed, value_embedding, cos, sin, positions, mask, lengths, cache)
         x = x + attended
-        return x + self.mlp(rms_norm(x, self.eps)), stored  # [B, T, D]
+        return x + self.mlp(rms_norm(x, self.eps)), cache  # [B, T, D]
 
 
 class GeluGPTModel(nnx.Module):
@@ -270,29 +404,20 @@ class GeluGPTModel(nnx.Module):
         x, embedded = self.smear(x, positions, mask, None if cache is None else cache.embedded, lengths)
         x0, backout = x, x
         states: list[jax.Array] = []
-        keys: list[jax.Array] = []
-        values: list[jax.Array] = []
+        layers: list[Any] = []
         run = nnx.remat(Block.__call__) if self.remat else Block.__call__
         for layer, block in enumerate(self.blocks):
             x = self.mix(x, self.resid_lambdas[layer], x0, self.x0_lambdas[layer])
             states = states or [x]  # block 0 reads the mixture
             value_embedding = self.value_embeds[str(layer)](ids) if config.has_value_embedding(layer) else None
-            held, key_positions = None, jnp.where(mask, positions, -1)  # [B, T]
-            if cache is not None:
-                size = cache.keys[layer].shape[1]
-                held = cache.keys[layer], cache.values[layer], ring_slots(positions, mask, size)
-                key_positions = ring_positions(lengths + mask.sum(axis=1), size)  # [B, S]
-            back = positions[:, :, None] - key_positions[:, None, :]  # [B, T, S]
-            seen = (back >= 0) & (back <= config.windows[layer]) & (key_positions >= 0)[:, None, :]
-            x, stored = run(block, x, value_embedding, cos, sin, seen[:, None], held)
-            if stored is not None:
-                keys.append(stored[0])
-                values.append(stored[1])
+            held = None if cache is None else cache.layers[layer]
+            x, held = run(block, x, value_embedding, cos, sin, positions, mask, lengths, held)
+            layers.append(held)
             if layer == config.n_layer // 2:
                 backout = x
             states.append(x)
         x = self.mix(x, 1.0, backout, -self.backout_lambda[...])
-        return rms_norm(x, config.rms_norm_eps), states, None if embedded is None else Cache(embedded, keys, values)
+        return rms_norm(x, config.rms_norm_eps), states, None if embedded is None else Cache(embedded, layers)
 
     def smear(
         self,
@@ -347,10 +472,13 @@ class GeluGPTForCausalLM(GeluGPTModel):
 
     def loss(self, ids: jax.Array, targets: jax.Array) -> jax.Array:
         """Mean cross-entropy, in nats, over the targets [B, T] that are not negative."""
-        log_probabilities = nnx.log_softmax(self(ids))
-        chosen = jnp.take_along_axis(log_probabilities, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
-        counted = targets >= 0
-        return -jnp.sum(chosen, where=counted) / jnp.maximum(jnp.sum(counted), 1)
+        return self.summed_loss(ids, targets) / jnp.maximum(jnp.sum(targets >= 0), 1)
+
+    def summed_loss(self, ids: jax.Array, targets: jax.Array) -> jax.Array:
+        """Cross-entropy, in nats, summed over the targets [B, T] that are not negative; logits are never held whole."""
+        x, _, _ = self.trunk(ids)
+        weight = self.wte.embedding[...] if self.config.tie_embeddings else self.lm_head.kernel[...].T  # [V, D]
+        return cross_entropy(x, weight.astype(x.dtype), targets, self.config.vocab_size)
 
     def init_cache(self, batch: int, slots: int, fed: int) -> Cache:
         """Empty rings for up to `slots` tokens a row, of which at most `fed` are fed at once or forgotten again."""
@@ -359,8 +487,7 @@ class GeluGPTForCausalLM(GeluGPTModel):
         rings = [(batch, min(slots, window + fed), *shape) for window in config.windows]
         return Cache(
             jnp.zeros((batch, min(slots, 1 + fed), config.n_embd), self.dtype),
-            [jnp.zeros(ring, self.dtype) for ring in rings],
-            [jnp.zeros(ring, self.dtype) for ring in rings],
+            [(jnp.zeros(ring, self.dtype), jnp.zeros(ring, self.dtype)) for ring in rings],
         )
 
 
