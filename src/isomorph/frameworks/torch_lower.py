@@ -100,6 +100,8 @@ class Program:
         floats = [tensor for tensor in node.tensors() if tensor.is_floating_point() and tensor.dtype != torch.float64]
         if any(tensor.dtype not in native.TYPES or tensor.ndim > 6 for tensor in (*floats, out)):
             return False
+        if name == "isomorph.dequantize_rows":
+            return self._rows(*node.arguments, out=out)
         if name.startswith("isomorph."):
             return self._product(node)
         scalars = [t for t in node.tensors() if t.dtype == torch.float64 and t.numel() == 1]
@@ -153,6 +155,13 @@ class Program:
         pointers = [0 if part is None else part.data_ptr() for part in parts]
         kind = native.TYPES[next((part.dtype for part in parts if part is not None), torch.float32)]
         self._step().layer_norm(self._view(out), self._view(x), *pointers, kind, eps)
+
+    def _rows(self, weight: Any, scales: Any, biases: Any, indices: Any, *settings: Any, out: torch.Tensor) -> bool:
+        if indices.dtype != torch.int64 or not indices.is_contiguous():
+            return False
+        handle = native.packed_handle(weight, scales, biases, Settings(*settings[:3]))
+        self._step().dequantize(handle, indices.data_ptr(), indices.numel(), out.data_ptr(), native.TYPES[out.dtype])
+        return True
 
     def _product(self, node: Node) -> bool:
         name, x = node.function._opname, node.arguments[0]

@@ -107,7 +107,7 @@ class Recording(TorchDispatchMode):
     ) -> torch.Tensor:
         """Attention [B, 1, H, K] of one query a row over the cache and the new key and value, which join the cache."""
         batch, heads, _, _ = query.shape
-        result = query.new_empty(batch, 1, heads, value.shape[-1])
+        result = torch.empty(batch, 1, heads, value.shape[-1], dtype=query.dtype)
         node = Node(None, (query, key, value), options, result)
         program = Program()
         program.attend(node)

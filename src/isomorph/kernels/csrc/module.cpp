@@ -102,7 +102,6 @@ void dequantize(const Packed& w, uintptr_t indices, int64_t count, uintptr_t out
   if (!rows && count > all.rows) throw std::out_of_range("more rows asked for than there are");
   for (int64_t i = 0; rows && i < count; ++i)
     if (rows[i] < 0 || rows[i] >= all.rows) throw std::out_of_range("row index out of range");
-  nb::gil_scoped_release release;
   backend().dequantize(all, rows, count, reinterpret_cast<void*>(out), Type(type));
 }
 
@@ -182,6 +181,10 @@ void bind_step(nb::module_& m) {
       .def("multiply",
            [](Step& self, const Packed& w, uintptr_t x, int x_type, int64_t x_stride, int64_t count, uintptr_t y, int y_type,
               bool fast) { self.add([=](const Slots&) { multiply(w, x, x_type, x_stride, count, y, y_type, fast); }); })
+      .def("dequantize",
+           [](Step& self, const Packed& w, uintptr_t indices, int64_t count, uintptr_t out, int type) {
+             self.add([=](const Slots&) { dequantize(w, indices, count, out, type); });
+           })
       .def("multiply_experts",
            [](Step& self, const Packed& w, uintptr_t x, int x_type, int64_t x_stride, int64_t repeats, uintptr_t experts,
               int64_t count, uintptr_t y, int y_type, bool fast) {
@@ -201,7 +204,7 @@ NB_MODULE(_native, m) {
   m.def("multiply", &multiply, nb::call_guard<nb::gil_scoped_release>());
   m.def("multiply_experts", &multiply_experts, nb::call_guard<nb::gil_scoped_release>());
   m.def("multiply_bfloat16", &multiply_bfloat16, nb::call_guard<nb::gil_scoped_release>());
-  m.def("dequantize", &dequantize);
+  m.def("dequantize", &dequantize, nb::call_guard<nb::gil_scoped_release>());
   m.def("encode", &encode_weights);
   m.def("decode", &decode_weights);
   m.def("read_bandwidth", &read_bandwidth);
