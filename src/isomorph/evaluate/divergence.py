@@ -38,18 +38,21 @@ def divergence(
             f"expected two models of one vocabulary; found {reference.vocab_size} and {model.vocab_size} tokens; "
             "compare models that share a tokenizer"
         )
-    chosen = protocol_named(protocol, window=window, stride=stride, limit=limit)
+    chosen = protocol_named(protocol, window, stride, limit, getattr(reference.config, "sequence_len", None))
     stream = stream_of(chosen, reference.tokenizer or model.tokenizer, text)
     context = min(reference.max_positions, model.max_positions)
     columns: list[np.ndarray] = []
     for part in chosen.windows(len(stream.ids), context):
-        ids = stream.ids[part.start : part.end]
-        first = part.score_from - part.start
-        theirs, ours = (side.logits(ids[None])[0][first - 1 : -1] for side in (reference, model))
-        difference = token_nll(ours, ids[first:]) - token_nll(theirs, ids[first:])
+        targets, fed = stream.targets(part), stream.fed(part)[None]
+        theirs, ours = (side.logits(fed)[0][targets - part.start - 1] for side in (reference, model))
+        difference = token_nll(ours, stream.ids[targets]) - token_nll(theirs, stream.ids[targets])
         same = (theirs.argmax(-1) == ours.argmax(-1)).astype(np.float64)
         columns.append(np.stack([kl_divergence(theirs, ours), difference, same, top_k_overlap(theirs, ours, 10)]))
         advance(part.end - part.score_from)
+    if not sum(column.shape[1] for column in columns):
+        raise InputError(
+            f"expected a text of at least one {chosen.name} window; found none to score; give a longer text"
+        )
     kl, difference, top1, top10 = np.concatenate(columns, axis=1)
     summary, paired = Summary.of(kl), Summary.of(difference)
     if not np.isfinite(summary.mean):

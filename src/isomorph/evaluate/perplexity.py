@@ -34,17 +34,20 @@ def perplexity(
     interval, `bits_per_byte` (None for ids, whose bytes are unknown), `tokens_scored`. `advance` hears of tokens done.
     Raises InputError for bad input, or when a logit is not finite.
     """
-    chosen = protocol_named(protocol, window=window, stride=stride, limit=limit)
+    chosen = protocol_named(protocol, window, stride, limit, getattr(model.config, "sequence_len", None))
     stream = stream_of(chosen, model.tokenizer, text)
     losses: list[np.ndarray] = []
     scored_bytes = 0
     for part in chosen.windows(len(stream.ids), model.max_positions):
-        ids = stream.ids[part.start : part.end]
-        logits = model.logits(ids[None])[0]
-        first = part.score_from - part.start
-        losses.append(token_nll(logits[first - 1 : -1], ids[first:]))
-        scored_bytes += stream.bytes_of(part.score_from, part.end) or 0
+        targets = stream.targets(part)
+        logits = model.logits(stream.fed(part)[None])[0]
+        losses.append(token_nll(logits[targets - part.start - 1], stream.ids[targets]))
+        scored_bytes += 0 if stream.widths is None else int(stream.widths[targets].sum())
         advance(part.end - part.score_from)
+    if not sum(map(len, losses)):
+        raise InputError(
+            f"expected a text of at least one {chosen.name} window; found none to score; give a longer text"
+        )
     loss = Summary.of(np.concatenate(losses))
     if not np.isfinite(loss.mean):
         raise InputError("expected finite logits; found NaN or infinity; run the model in float32 or check its weights")
@@ -75,5 +78,5 @@ def protocol_used(protocol: Protocol, model: Model) -> dict[str, Any]:
 
 def data_used(stream: Stream) -> dict[str, Any]:
     """Tokens, bytes and hash of the text."""
-    size = None if stream.byte_ends is None else int(stream.byte_ends[-1])
+    size = None if stream.widths is None else int(stream.widths.sum())
     return {"tokens": len(stream.ids), "bytes": size, "text_sha256": stream.text_sha256}
