@@ -253,6 +253,9 @@ class GeluGPTModel(nn.Module):
         masks: dict[int, Any] = {}
         for layer, (block, window, layer_cache) in enumerate(zip(self.blocks, args.windows, caches)):
             if window not in masks:
+                if x.shape[1] > 1 and getattr(layer_cache, "rotated", False):
+                    # mlx-lm 0.32 would leave a row's first token out of the mask of a padded batch that has wrapped.
+                    layer_cache._temporal_order()
                 masks[window] = create_attention_mask(x, layer_cache, window_size=window + 1)
             x = self.mix(x, self.resid_lambdas[layer], x0, self.x0_lambdas[layer])
             value_embedding = self.value_embeds[layer](inputs) if args.has_value_embedding(layer) else None
@@ -267,8 +270,8 @@ class GeluGPTModel(nn.Module):
         last = mx.zeros_like(x[:, :1])
         if cache is not None:
             if not cache.empty():
-                newest = slice(cache._idx - 1, cache._idx)
-                last = mx.concatenate([cache.keys[:, 0, newest], cache.values[:, 0, newest]], axis=-1)  # [B, 1, D]
+                halves = (half[:, :, cache._idx - 1] for half in (cache.keys, cache.values))  # [B, 1, D/2] each
+                last = mx.concatenate(list(halves), axis=-1)  # [B, 1, D]
             cache.update_and_fetch(*mx.split(x[:, None], 2, axis=-1))  # one head of [B, 1, T, D/2] each
         positions = mx.expand_dims(mx.array(offset), -1) + mx.arange(x.shape[1])  # [T] or [B, T]
         before = mx.where(positions[..., None] > 0, mx.concatenate([last, x[:, :-1]], axis=1), 0)
