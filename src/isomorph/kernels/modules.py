@@ -13,7 +13,6 @@ from torch import nn
 from isomorph.kernels import native, ops
 from isomorph.quantize.settings import Settings
 
-
 _operators: ContextVar[bool] = ContextVar("isomorph_operators", default=False)
 
 
@@ -165,31 +164,54 @@ class QuantizedEmbedding(PackedModule):
 
 
 class QuantizedExpertLinear(PackedModule):
-    """Weights [E, N, ...]: row i of the result is row i * M // R of `x [M, K]` times expert `experts[i]`, i < R."""
+    """Weights [E, N, ...]: row i of the result is row i * M // R of `x [M, K]` times expert `experts[i]`, i < R.
+
+    `bias` is [E, N] or None.
+    """
+
+    bias: torch.Tensor | None
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        scales: torch.Tensor,
+        biases: torch.Tensor | None,
+        settings: Settings,
+        fast: bool = False,
+        bias: torch.Tensor | None = None,
+    ) -> None:
+        super().__init__(weight, scales, biases, settings, fast)
+        self.register_buffer("bias", bias)
 
     def forward(self, x: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        chosen = experts.reshape(-1).long().contiguous()
         if self._direct(x):
-            chosen = experts.reshape(-1).long().contiguous()
-            return native.multiply_experts(self.handle(), ops._flat(x), chosen, self.out_features, self.fast)
-        packed = self.weight, self.scales, self.biases
-        return torch.ops.isomorph.quantized_experts_linear(x, *packed, experts, *self._arguments(), self.fast)
+            y = native.multiply_experts(self.handle(), ops._flat(x), chosen, self.out_features, self.fast)
+        else:
+            packed = self.weight, self.scales, self.biases
+            y = torch.ops.isomorph.quantized_experts_linear(x, *packed, chosen, *self._arguments(), self.fast)
+        return y if self.bias is None else y + self.bias[chosen].to(y.dtype)
 
 
 class QuantizedExperts(nn.Module):
-    """Gated experts: sum over the chosen of weight * down(activation(gate(x)) * up(x)), as Transformers calls them."""
+    """Gated experts: sum over the chosen of weight * down(gating(gate(x), up(x))), as Transformers calls them."""
 
     def __init__(
-        self, gate: QuantizedExpertLinear, up: QuantizedExpertLinear, down: QuantizedExpertLinear, activation: Callable
+        self,
+        gate: QuantizedExpertLinear,
+        up: QuantizedExpertLinear,
+        down: QuantizedExpertLinear,
+        gating: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     ) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = gate, up, down
-        self.act_fn = activation
+        self.gating = gating
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """`hidden_states` [M, D], `top_k_index` and `top_k_weights` [M, k] -> [M, D]."""
-        hidden = self.act_fn(self.gate_proj(hidden_states, top_k_index)) * self.up_proj(hidden_states, top_k_index)
+        hidden = self.gating(self.gate_proj(hidden_states, top_k_index), self.up_proj(hidden_states, top_k_index))
         parts = self.down_proj(hidden, top_k_index) * top_k_weights.reshape(-1, 1).to(hidden.dtype)
         return parts.view(*top_k_index.shape, -1).sum(1).to(hidden_states.dtype)
 
