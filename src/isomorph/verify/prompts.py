@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from isomorph.errors import InputError
-from isomorph.evaluate.protocols import encode
+from isomorph.evaluate.protocols import encode, protocol_named
 
 if TYPE_CHECKING:
     from isomorph.frameworks.model import Model
@@ -54,7 +54,7 @@ def make_prompt(model: Model, text: Any = None, tokens: int = TOKENS, seed: int 
         from isomorph import pocket
 
         text, origin = pocket.heldout_text(), "held-out excerpt shipped with isomorph"
-    ids = encode(model.tokenizer, text).ids[:tokens]
+    ids = encode(protocol_named("windowed"), model.tokenizer, text).ids[:tokens]
     if ids.size < 2:
         raise InputError(f"expected a text of at least 2 tokens; found {ids.size}; give a longer text")
     width = min(ids.size, model.max_positions)
