@@ -19,7 +19,7 @@ from isomorph.checkpoint.mlx_quantized import quantized_modules
 from isomorph.checkpoint.tensor import FLOATING
 from isomorph.errors import InputError, did_you_mean
 from isomorph.frameworks.model import Model
-from isomorph.frameworks.torch_quantized import place, quantized_model
+from isomorph.frameworks.torch_quantized import place, quantized_model, tie
 from isomorph.frameworks.torch_state import TorchDecodeState
 from isomorph.frameworks.torch_step import Steps
 from isomorph.kernels.modules import speed_up
@@ -114,8 +114,9 @@ def own_model(
             continue
         parameter = nn.Parameter(torch_tensor(tensor.read()).to(target), requires_grad=False)
         module.get_submodule(owner).register_parameter(name, parameter)
-    left = [name for name, parameter in module.named_parameters() if parameter.is_meta]
-    assert not left, f"layout {layout!r} leaves {left} of {model_class.__name__} unfilled"
+    left = {name for name, parameter in module.named_parameters(remove_duplicate=False) if parameter.is_meta}
+    tie(module, left)
+    assert not left, f"layout {layout!r} leaves {sorted(left)} of {model_class.__name__} unfilled"
     return module
 
 

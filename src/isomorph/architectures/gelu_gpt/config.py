@@ -13,6 +13,15 @@ from typing import Any
 #: Smallest float32 eps: nanochat's `F.rms_norm(x, shape)` names none, and torch takes it for every input dtype.
 FLOAT32_EPS = 1.1920928955078125e-07
 
+#: What nanochat's own models are, whose `model_config` does not say so.
+NANOCHAT = {
+    "model_type": "gelu_gpt",
+    "tie_embeddings": False,
+    "mlp": "relu2",
+    "rms_norm_eps": FLOAT32_EPS,
+    "rope_table_dtype": "bfloat16",
+}
+
 #: Sequence lengths are cut into quarters of whole tiles for the short windows (nanochat).
 WINDOW_TILE = 128
 
