@@ -1,0 +1,149 @@
+"""GELU-GPT in MLX against references that share no code with it; every check is shown to fail when it should."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import isomorph
+from conftest import assert_logits_close
+from golden.make_gelu_gpt import CASES, FOLDER, MISTAKES, case, fingerprint, forward
+from isomorph.architectures.gelu_gpt import modeling_mlx
+from isomorph.architectures.gelu_gpt.config import FLOAT32_EPS, GeluGPTConfig
+from isomorph.verify.tolerance import allowed_logit_difference
+from tiny_gelu_gpt import tiny_config, tiny_tensors, write_checkpoint
+
+
+def build(config: dict, tensors: dict[str, np.ndarray]) -> modeling_mlx.Model:
+    """The bare model with these weights, as mlx-lm would fill it."""
+    model = modeling_mlx.Model(modeling_mlx.ModelArgs.from_dict(config))
+    weights = model.sanitize({name: mx.array(value) for name, value in tensors.items()})
+    model.load_weights(list(weights.items()), strict=True)
+    return model
+
+
+def error(model: modeling_mlx.Model, ids: np.ndarray, reference: np.ndarray) -> float:
+    """Largest difference of logits, in units of what the numeric rule allows."""
+    logits = np.array(model(mx.array(ids)))
+    assert logits.shape == reference.shape and logits.dtype == np.float32 and np.isfinite(logits).all()
+    return float(np.abs(logits.astype(np.float64) - reference).max()) / allowed_logit_difference(reference)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_hidden_states_and_greedy_tokens(name: str, tmp_path: Path) -> None:
+    config, tensors, ids = case(name)
+    expected = np.load(FOLDER / f"{name}.npz")
+    assert str(expected["weights_sha256"]) == fingerprint(tensors)
+    np.testing.assert_array_equal(expected["input_ids"], ids)
+    model = isomorph.load(write_checkpoint(tmp_path / "model", config, *CASES[name][1:]), framework="mlx")
+    assert (model.dtype, model.vocab_size) == ("float32", config["vocab_size"])
+    assert model.max_positions == 10 * config["sequence_len"]
+    assert_logits_close(model.logits(ids)[:, ::8], expected["logits"])
+    states = np.stack(model.hidden_states(ids))
+    assert states.dtype == np.float32
+    assert_logits_close(states[:, :, ::32], expected["hidden_states"])
+    continued = model.generate(ids, max_tokens=expected["greedy"].shape[1])
+    assert [generation.token_ids for generation in continued] == expected["greedy"].tolist()
+
+
+@pytest.fixture(scope="module")
+def odd() -> tuple[modeling_mlx.Model, dict, dict[str, np.ndarray], np.ndarray]:
+    """The case with grouped keys, an odd depth and a padded vocabulary."""
+    config, tensors, ids = case("gqa-odd-padded")
+    model = build(config, tensors)
+    assert error(model, ids, forward(config, tensors, ids)[0]) <= 1
+    return model, config, tensors, ids
+
+
+@pytest.mark.parametrize("mistake", [mistake for mistake in MISTAKES if mistake != "eps"])
+def test_a_mistake_shows(odd: Any, mistake: str) -> None:
+    model, config, tensors, ids = odd
+    assert error(model, ids, forward(config, tensors, ids, mistake)[0]) > 10
+
+
+def test_another_eps_shows_at_small_activations() -> None:
+    config, tensors, ids = case("small")
+    model = build(config, tensors)
+    assert error(model, ids, forward(config, tensors, ids)[0]) <= 1
+    assert error(model, ids, forward(config, tensors, ids, "eps")[0]) > 100
+
+
+def test_the_other_rope_table_shows() -> None:
+    config, tensors, ids = case("nanochat")
+    reference = forward(config, tensors, ids)[0]
+    assert error(build(config, tensors), ids, reference) <= 1
+    assert error(build(config | {"rope_table_dtype": "float32"}, tensors), ids, reference) > 10
+
+
+@pytest.mark.parametrize("change", [
+    {"n_layer": 1},
+    {"n_layer": 5, "n_kv_head": 1, "window_pattern": "LSS"},
+    {"n_embd": 40, "n_head": 20, "n_kv_head": 5, "vocab_size": 7, "pad_vocab_size_to": 1},
+    {"mlp": "relu2", "tie_embeddings": False, "sequence_len": 64},
+    {"rope_base": 500.0, "rope_table_dtype": "bfloat16", "window_pattern": "S"},
+])  # fmt: skip
+def test_other_shapes(change: dict) -> None:
+    """Over 300 tokens, so that the long windows bite as well."""
+    config = tiny_config(**change)
+    tensors = tiny_tensors(config, seed=5)
+    ids = np.random.default_rng(5).integers(0, config["vocab_size"], (1, 300))
+    assert error(build(config, tensors), ids, forward(config, tensors, ids)[0]) <= 1
+
+
+def test_positions_past_the_tables_are_still_right() -> None:
+    config = tiny_config(rope_table_dtype="bfloat16")
+    tensors = tiny_tensors(config, seed=6)
+    ids = np.random.default_rng(6).integers(0, 120, (1, 128))
+    model = build(config, tensors)
+    tables = model.model._tables
+    model.model._tables = tuple(table[:64] for table in tables)
+    assert error(model, ids, forward(config, tensors, ids)[0]) <= 1
+
+
+@pytest.mark.parametrize(
+    "overrides", [{}, {"n_layer": 12, "sequence_len": 1024}, {"n_layer": 1, "window_pattern": "L"}]
+)
+def test_the_files_own_arguments_say_what_the_config_says(overrides: dict) -> None:
+    """The shipped file cannot import the config, so what they both derive must agree."""
+    config = GeluGPTConfig.from_dict(tiny_config(**overrides))
+    args = modeling_mlx.ModelArgs.from_dict(config.to_dict())
+    for name in ("head_dim", "padded_vocab_size", "windows"):
+        assert getattr(args, name) == getattr(config, name)
+    layers = range(config.n_layer)
+    assert [*map(args.has_value_embedding, layers)] == [*map(config.has_value_embedding, layers)]
+
+
+@pytest.mark.parametrize("change, complaint", [
+    ({"mlp": "swiglu"}, "mlp"),
+    ({"rope_table_dtype": "float16"}, "rope_table_dtype"),
+    ({"window_pattern": "SX"}, "window_pattern"),
+])  # fmt: skip
+def test_config_values_it_does_not_have_are_refused(change: dict, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        modeling_mlx.ModelArgs.from_dict(tiny_config() | change)
+
+
+@pytest.mark.parametrize("name, source, eps", [
+    # The published layout says 1e-6, which moves these logits by up to 2.4e-5; nanochat ran with float32's own.
+    ("public-gelu-mha", "hf", {"rms_norm_eps": FLOAT32_EPS}),
+    ("public-relu2-untied", "hf", {"rms_norm_eps": FLOAT32_EPS}),
+])  # fmt: skip
+def test_nanochats_own_outputs(shared: Path, name: str, source: str, eps: dict | None) -> None:
+    folder = shared / "golden" / "nanochat" / name
+    expected = np.load(folder / "expected.npz")
+    # nanochat's tables take its compute dtype, here float32.
+    model = isomorph.load(folder / source, framework="mlx", config=eps, rope_table_dtype="float32")
+    ids = expected["input_ids"]
+    assert_logits_close(model.logits(ids), expected["logits"])
+    assert_logits_close(np.stack(model.hidden_states(ids[:1])), expected["hidden_states"])
+    continued = model.generate(ids, max_tokens=expected["greedy"].shape[1])
+    assert [generation.token_ids for generation in continued] == expected["greedy"].tolist()
+    # Cached as uncached, over a prompt in three chunks and single tokens.
+    state = model.decode_state(2)
+    parts = [state.feed(ids[:, start:stop]) for start, stop in ((0, 90), (90, 91), (91, 180))]
+    parts += [state.feed(ids[:, step : step + 1]) for step in range(180, 200)]
+    assert_logits_close(np.concatenate(parts, axis=1), expected["logits"])
