@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 from conftest import assert_logits_close
 from isomorph.checkpoint import open_checkpoint
+from isomorph.checkpoint.ahead import DEPTH
 from isomorph.checkpoint.mlx_quantized import parse_quantization, quantized_modules
 from isomorph.cli import run
 from isomorph.convert import convert
@@ -284,7 +285,8 @@ def test_resumes_after_a_kill(talkie, tmp_path):
     killed = subprocess.run([sys.executable, "-c", KILLED, str(talkie), str(target), "9"])
     assert killed.returncode == -signal.SIGKILL and not target.exists()
     result = quantize(talkie, target, bits=3)
-    assert result.loss.matrices == 23 - 9
+    # Nine were quantized; those that were waiting to be written are made again.
+    assert 23 - 9 <= result.loss.matrices < 23 - 9 + DEPTH
     quantize(talkie, tmp_path / "at-once", bits=3)
     for path in (tmp_path / "at-once").iterdir():
         assert path.read_bytes() == (target / path.name).read_bytes(), path.name

@@ -14,12 +14,16 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
+from isomorph.checkpoint.ahead import ahead
 from isomorph.checkpoint.container import Container, index_of
 from isomorph.checkpoint.source import INDEX
 from isomorph.checkpoint.target import check_free_space, install, partial_folder, size, sync
@@ -53,7 +57,7 @@ def write_folder(
     total = sum(file.nbytes for file in weights)
     if len(weights) > 1:
         files = {**files, INDEX: index_of(weights)}
-    partial, replace = partial_folder(target), target.exists()
+    partial, replaces = partial_folder(target), target.exists()
     with _disk_errors(target, total), _claimed(partial) as journal:
         finished = _resumed(journal, partial, _fingerprint(weights, files, inputs))
         try:
@@ -70,7 +74,7 @@ def write_folder(
             shutil.rmtree(partial, ignore_errors=True)
             raise
         os.unlink(partial / JOURNAL)
-        install(partial, target, replace)
+        install(partial, target, replaces)
 
 
 def file_identity(paths: Sequence[Path]) -> list[list[Any]]:
@@ -143,21 +147,30 @@ def _line(name: str, offset: int, checksum: int) -> str:
 def _write_container(
     path: Path, container: Container, journal: IO[str], finished: Mapping[tuple[str, int], int], advance: Advance
 ) -> None:
-    checksums = []
+    checksums = {}
     with path.open("r+b" if path.exists() else "w+b") as file:
         file.truncate(container.nbytes)
         for offset, tensor in container.slots:
             checksum = finished.get((container.name, offset))
-            if checksum is None or checksum != _checksum(file, offset, tensor.nbytes):
-                file.seek(offset)
-                checksum = _write_tensor(file, tensor, advance)
-                file.flush()
-                journal.write(_line(container.name, offset, checksum) + "\n")
-                journal.flush()
-            else:
+            if checksum is not None and checksum == _checksum(file, offset, tensor.nbytes):
+                checksums[offset] = checksum
                 advance(tensor.nbytes)
-            checksums.append(checksum)
-        for offset, data in container.literals(checksums):
+        missing = [(offset, tensor) for offset, tensor in container.slots if offset not in checksums]
+        # Tensors behind one another, each with None at its end: what comes next is made while the last is written.
+        made = chain.from_iterable(chain(tensor.blocks(), [None]) for _, tensor in missing)
+        with ThreadPoolExecutor(1) as disk, closing(ahead(made)) as stream:
+            flushed = disk.submit(os.fsync, file.fileno())
+            for offset, tensor in missing:
+                if flushed.done():  # The disk takes its time beside the processor's, not after it.
+                    flushed.result()
+                    flushed = disk.submit(os.fsync, file.fileno())
+                file.seek(offset)
+                coming = replace(tensor, stream=lambda: takewhile(lambda block: block is not None, stream))
+                checksums[offset] = _write_tensor(file, coming, advance)
+                file.flush()
+                journal.write(_line(container.name, offset, checksums[offset]) + "\n")
+                journal.flush()
+        for offset, data in container.literals([checksums[offset] for offset, _ in container.slots]):
             file.seek(offset)
             file.write(data)
         file.flush()

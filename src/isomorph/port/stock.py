@@ -52,8 +52,11 @@ def mlx_lm_has(model_type: str) -> bool:
     if package is None or package.origin is None:
         return False
     folder = Path(package.origin).parent
-    name = _renamed_by_mlx_lm(folder / "utils.py").get(model_type, model_type)
-    return name.isidentifier() and (folder / "models" / f"{name}.py").is_file()
+
+    def there(name: str | None) -> bool:
+        return name is not None and name.isidentifier() and (folder / "models" / f"{name}.py").is_file()
+
+    return there(model_type) or there(_renamed_by_mlx_lm(folder / "utils.py").get(model_type))
 
 
 def _renamed_by_mlx_lm(utils: Path) -> dict[str, str]:

@@ -42,7 +42,7 @@ def encode(groups: np.ndarray, bits: int, dtype: np.dtype) -> tuple[np.ndarray, 
         fractions, exponents = np.frexp(largest)
         exponents -= fractions == 0.5
         exponents = np.maximum(exponents, -E8M0_BIAS)
-        steps, stored = np.exp2(exponents.astype(np.float32)), (exponents + E8M0_BIAS).astype(np.uint8)
+        steps, stored = np.ldexp(np.float32(1), exponents), (exponents + E8M0_BIAS).astype(np.uint8)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         scaled = _rounded(groups / steps[:, None], dtype)
     scaled = np.where(steps[:, None] == 0, np.float32(0), scaled)
@@ -54,7 +54,8 @@ def decode(codes: np.ndarray, scales: np.ndarray, bits: int, dtype: np.dtype) ->
     if codes.shape[1] == 16:
         steps = scales.view(E4M3).astype(np.float32)
     else:
-        steps = np.exp2(scales.astype(np.float32) - E8M0_BIAS)
+        with np.errstate(over="ignore"):
+            steps = np.ldexp(np.float32(1), scales.astype(np.int32) - E8M0_BIAS)
     values = _SIGNED_E2M1[codes] if bits == 4 else codes.view(E4M3).astype(np.float32)
     with np.errstate(over="ignore"):
         return (values * _rounded(steps, dtype)[:, None]).astype(dtype)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from isomorph.checkpoint.tensor import Tensor
 from isomorph.errors import InputError
-from isomorph.quantize.arrays import Loss, Packed, quantize_array
+from isomorph.quantize.arrays import quantize_array
+from isomorph.quantize.packed import Loss, Packed
 from isomorph.quantize.settings import Settings
 
 
@@ -38,24 +38,17 @@ class QuantizedStream:
 
     def _words(self) -> Iterator[np.ndarray]:
         loss, found = Loss(), []
-        # The next block is read and quantized while the caller writes the last one.
-        with ThreadPoolExecutor(1) as ahead:
-            blocks = self.source.blocks()
-            pending = ahead.submit(self._next, blocks, loss)
-            while (packed := pending.result()) is not None:
-                pending = ahead.submit(self._next, blocks, loss)
-                found.append(packed[1:])
-                yield packed.weight
+        for block in self.source.blocks():
+            packed = self._packed(block, loss)
+            found.append(packed[1:])
+            yield packed.weight
         self.loss = loss
         scales, biases = zip(*found)
         self._companions = {"scales": np.concatenate(scales)}
         if self.settings.affine:
             self._companions["biases"] = np.concatenate(biases)
 
-    def _next(self, blocks: Iterator[np.ndarray], loss: Loss) -> Packed | None:
-        block = next(blocks, None)
-        if block is None:
-            return None
+    def _packed(self, block: np.ndarray, loss: Loss) -> Packed:
         try:
             packed = quantize_array(block, self.settings, loss)
         except ValueError:
