@@ -41,6 +41,8 @@ def load(
         )
     if numerics not in NUMERICS:
         raise InputError(f"expected numerics {' or '.join(NUMERICS)}; found {numerics!r}")
+    if numerics == "fast" and framework != "torch":
+        raise InputError(f"expected numerics exact with framework {framework}; found fast; use framework torch")
     if dtype not in (None, "float32", "bfloat16", "float16") and (dtype, framework) != ("float64", "torch"):
         raise InputError(f"expected dtype float32, bfloat16 or float16 (torch also float64); found {dtype!r}")
 

@@ -55,13 +55,17 @@ class QuantizedModule:
         for start in range(0, self.shape[0], rows):
             yield self._values(slice(start, start + rows), dtype)
 
-    def _values(self, rows: slice, dtype: str) -> np.ndarray:
+    def read(self, rows: slice = slice(None)) -> Packed:
+        """The packed parts, of some rows. Raises InputError for scales or biases that are not finite."""
         scales = self.scales.read()[rows]
         biases = None if self.biases is None else self.biases.read()[rows]
         self._check_finite("scales", scales)
         if biases is not None:
             self._check_finite("biases", biases)
-        return dequantize_array(Packed(self.weight.read()[rows], scales, biases), self.settings, NUMPY_DTYPES[dtype])
+        return Packed(self.weight.read()[rows], scales, biases)
+
+    def _values(self, rows: slice, dtype: str) -> np.ndarray:
+        return dequantize_array(self.read(rows), self.settings, NUMPY_DTYPES[dtype])
 
     def _check_finite(self, part: str, values: np.ndarray) -> None:
         if values.dtype == np.uint8:

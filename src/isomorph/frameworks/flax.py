@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from isomorph import architectures, port
 from isomorph.errors import InputError
+from isomorph.frameworks.flax_quantized import packed_modules, parts, place, without_extension
 from isomorph.frameworks.model import DecodeState, Model
 from isomorph.frameworks.nnx_parameters import merge, partition_specs, split
 
@@ -52,14 +53,17 @@ def load_model(
         raise InputError(f"expected an architecture that has a Flax model ({known}); found {found!r}; use torch or mlx")
     dtype = dtype or stored_dtype(checkpoint)
     target = find_device(device)
-    abstract = nnx.eval_shape(lambda: build(architecture, config, dtype))
+    packed = packed_modules(architecture, checkpoint, config)
+    abstract = nnx.eval_shape(lambda: place(build(architecture, config, dtype), packed, jnp.dtype(dtype)))
     graph, expected = split(abstract)
     parameters = {}
     layout = architecture.native["flax"]
     # The stored weights are the model, in whatever dtype it runs: torch and MLX compute with a folded head as it is.
     for tensor in port.mapped(checkpoint, architecture, layout, config=config, dtype=dtype, sidecars=False):
-        # A copy: the values may be mapped pages of a file that goes away.
-        parameters[tensor.name] = jax.device_put(np.array(tensor.read()), target)
+        entry = packed.get(tensor.name)
+        for name, value in parts(tensor.name, entry) if entry else [(tensor.name, tensor.read())]:
+            # A copy: the values may be mapped pages of a file that goes away.
+            parameters[name] = jax.device_put(np.array(value), target)
     ordered = {name: parameters[name] for name in expected}
     return FlaxModel(graph, ordered, config, architecture.model_type, dtype, partition_specs(abstract))
 
@@ -119,8 +123,8 @@ class FlaxModel(Model):
         self.vocab_size = config.vocab_size
         self.max_positions = config.max_position_embeddings
         self.num_layers = config.num_hidden_layers
-        self.forward = jax.jit(self._forward)
-        self.step = jax.jit(self._step, donate_argnums=1, static_argnames="last_only")
+        self.forward: Any = jax.jit(self._forward)
+        self.step: Any = jax.jit(self._step, donate_argnums=1, static_argnames="last_only")
 
     def shard(self, mesh: Mesh) -> None:
         """Spread the matrices over the devices of a mesh with the axis `model`, as the model's file annotates them."""
@@ -131,6 +135,9 @@ class FlaxModel(Model):
                         f"expected {name} {list(value.shape)} to divide over {mesh.shape[axis]} devices; use fewer"
                     )
             self.parameters[name] = jax.device_put(value, NamedSharding(mesh, self.specs[name]))
+        self.graph, _ = split(without_extension(merge(self.graph, self.parameters)))
+        self.forward.clear_cache()
+        self.step.clear_cache()
 
     def _forward(
         self, parameters: dict[str, jax.Array], ids: jax.Array, real: jax.Array

@@ -263,8 +263,11 @@ class TalkieForCausalLM(nnx.Module):
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Last block's output [B, T, D] -> logits [B, T, V]."""
+        x = rms_norm(x, self.config.rms_norm_eps)
+        if isinstance(self.lm_head, nnx.Module):  # packed weights, the gain in them
+            return self.lm_head(x)  # [B, T, V]
         weight = self.lm_head_gain(self.lm_head[...].astype(x.dtype))  # [V, D]
-        return rms_norm(x, self.config.rms_norm_eps) @ weight.T  # [B, T, V]
+        return x @ weight.T  # [B, T, V]
 
     def init_cache(self, batch: int, slots: int, fed: int) -> list[KeyValue]:
         """An empty cache, whatever is `fed` at once: zeros, not None, so that every step has the same shapes."""

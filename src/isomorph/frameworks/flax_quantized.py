@@ -1,0 +1,86 @@
+"""MLX-quantized folders of our own architectures in Flax: which of a model's modules stay packed, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from isomorph import port
+from isomorph.architectures.base import Architecture
+from isomorph.checkpoint import Checkpoint
+from isomorph.checkpoint.mlx_quantized import QuantizedModule, quantized_modules
+from isomorph.kernels.flax import PackedModule, QuantizedEmbed, QuantizedLinear
+
+
+def packed_modules(architecture: Architecture, checkpoint: Checkpoint, config: Any) -> dict[str, QuantizedModule]:
+    """The quantized modules of the folder by the name of the parameter they replace in the Flax model.
+
+    Those are the matrices of `nnx.Linear` and `nnx.Embed`, and a head that is a bare matrix: a model's file lets a
+    module stand there. Other quantized weights are dequantized. Raises InputError.
+    """
+    if checkpoint.quantization is None:
+        return {}
+    found = quantized_modules(checkpoint.tensors, checkpoint.quantization)
+    reading = port.read(checkpoint, architecture, config=config, dequantize=False)
+    # A folded gain is in the head's weights; by itself it then reads as 1.
+    holders = {row.canonical[0]: name.removesuffix(".weight") for name, row in reading.rows.items()}
+    packed = {}
+    for name, row in port.expand(architecture.layouts[architecture.native["flax"]], reading.shapes).items():
+        entry = found.get(holders.get(row.canonical[0], ""))
+        replaceable = name.endswith((".kernel", ".embedding")) or architecture.role(name) == "head"
+        if entry is not None and replaceable:
+            packed[name] = entry
+    return packed
+
+
+def place(model: nnx.Module, packed: Mapping[str, QuantizedModule], dtype: Any) -> nnx.Module:
+    """`model` with modules over packed words, still zeros, where the parameters named were."""
+    for name, entry in packed.items():
+        owner, leaf = parent(model, module_path(name))
+        old = getattr(owner, leaf)
+        matrix = old.kernel if isinstance(old, nnx.Linear) else old.embedding if isinstance(old, nnx.Embed) else old
+        split = matrix.get_metadata().get("out_sharding") or (None, None)
+        kind: type[PackedModule] = QuantizedEmbed if isinstance(old, nnx.Embed) else QuantizedLinear
+        module = kind(
+            entry.shape,
+            entry.settings,
+            scale_dtype=entry.scales.dtype,
+            dtype=dtype,
+            split=split[::-1] if isinstance(old, nnx.Linear) else split,  # a kernel is [in, out]
+        )
+        if isinstance(module, QuantizedLinear) and isinstance(old, nnx.Linear):
+            module.bias = old.bias
+        setattr(owner, leaf, module)
+    return model
+
+
+def module_path(name: str) -> str:
+    """The module that a parameter belongs to; a bare head's name is its own."""
+    return name.removesuffix(".kernel").removesuffix(".embedding")
+
+
+def parts(name: str, entry: QuantizedModule) -> Iterator[tuple[str, np.ndarray]]:
+    """The packed parameters that take the place of `name`. Raises InputError for scales that are not finite."""
+    packed = entry.read()
+    for part in entry.settings.parts(entry.shape, entry.scales.dtype):
+        yield f"{module_path(name)}.{part}", getattr(packed, part)
+
+
+def without_extension(model: nnx.Module) -> nnx.Module:
+    """`model`, every product in jax.numpy, which XLA can split over a mesh."""
+    for _, module in model.iter_modules():
+        if isinstance(module, PackedModule):
+            module.extension = False
+    return model
+
+
+def parent(model: nnx.Module, path: str) -> tuple[Any, str]:
+    """The object that holds the module at a dotted path, and the attribute it has there."""
+    *owners, leaf = path.split(".")
+    owner: Any = model
+    for part in owners:
+        owner = owner[int(part)] if isinstance(owner, nnx.List) else getattr(owner, part)
+    return owner, leaf
