@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import tiny_gelu_gpt
 from isomorph.frameworks.model import Model
 from tiny import tiny_config, write_checkpoint
 
@@ -34,15 +35,26 @@ def write_talkie(folder: Path) -> Path:
     return write_checkpoint(folder, tiny_config(max_position_embeddings=64), seed=3)
 
 
+def write_gelu_gpt(folder: Path) -> Path:
+    return tiny_gelu_gpt.write_checkpoint(folder, tiny_gelu_gpt.tiny_config(sequence_len=6), seed=3)
+
+
+def model_file(architecture: str, framework: str) -> Any:
+    return importlib.import_module(f"isomorph.architectures.{architecture}.modeling_{framework}")
+
+
 def talkie(framework: str) -> Any:
-    return importlib.import_module(f"isomorph.architectures.talkie.modeling_{framework}")
+    return model_file("talkie", framework)
 
 
-def shift_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = talkie("torch")
-    tables = module.rope_tables
-    shifted = lambda positions, config: tables(positions + (positions >= SHIFTED_FROM), config)
-    monkeypatch.setattr(module, "rope_tables", shifted)
+def shift_torch(architecture: str) -> Callable[[pytest.MonkeyPatch], None]:
+    def shift(monkeypatch: pytest.MonkeyPatch) -> None:
+        module = model_file(architecture, "torch")
+        tables = module.rope_tables
+        shifted = lambda positions, config: tables(positions + (positions >= SHIFTED_FROM), config)
+        monkeypatch.setattr(module, "rope_tables", shifted)
+
+    return shift
 
 
 def shift_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,9 +81,10 @@ def shift_flax(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 CASES = (
-    Case("talkie", "torch", write_talkie, shift_torch),
+    Case("talkie", "torch", write_talkie, shift_torch("talkie")),
     Case("talkie", "mlx", write_talkie, shift_mlx),
     Case("talkie", "flax", write_talkie, shift_flax),
+    Case("gelu_gpt", "torch", write_gelu_gpt, shift_torch("gelu_gpt")),
 )
 
 

@@ -209,6 +209,7 @@ class TorchModel(Model):
         self.device = module.device
         self.vocab_size = int(text.vocab_size)
         self.num_layers = int(text.num_hidden_layers)
+        self.cache_layers = self.num_layers + getattr(module, "extra_cache_layers", 0)
         self.max_positions = int(getattr(text, "max_position_embeddings", None) or np.iinfo(np.int32).max)
         self._accepted = frozenset(inspect.signature(module.forward).parameters)
         self.steps = Steps(self)

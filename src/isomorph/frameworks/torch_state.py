@@ -233,9 +233,9 @@ class TorchDecodeState(DecodeState):
             raise InputError(f"expected a decode state in {path}; found: {error}; feed the tokens anew") from None
         wanted = {"format": FORMAT, "architecture": model.architecture}
         layers = sum(name.startswith("keys.") for name in tensors)
-        if found != wanted or layers not in (0, model.num_layers):
+        if found != wanted or layers not in (0, model.cache_layers):
             raise InputError(
-                f"expected a decode state of this {model.architecture} model ({model.num_layers} layers); "
+                f"expected a decode state of this {model.architecture} model ({model.cache_layers} layers); "
                 f"found {found.get('architecture', 'no')} state with {layers} in {path}; feed the tokens anew"
             )
         state = cls(model, tensors["padding"].cpu().numpy())

@@ -387,6 +387,8 @@ class GeluGPTPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": Block, "attentions": Attention}
+    #: Layers of a cache behind those of keys and values: what smear remembers.
+    extra_cache_layers = 1
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
