@@ -60,7 +60,7 @@ def quantized_linear(
     settings = _checked(x, weight, scales, biases, bits, group_size, mode)
     rows = x.reshape(-1, x.shape[-1])
     shape = jax.ShapeDtypeStruct((rows.shape[0], weight.shape[0]), x.dtype)
-    if rows.shape[0] < WIDE_ROWS:
+    if _streams(rows, settings):
         y = _choose("multiply_all", settings, extension, shape, _multiply, rows, weight, scales, biases)
     else:
         y = _product(rows, _values((weight, scales, biases), settings, extension))
@@ -214,6 +214,14 @@ def _checked(x, weight, scales, biases, bits, group_size, mode) -> Settings:
     if x.shape[-1] != scales.shape[-1] * group_size:
         raise ValueError(f"expected x with {scales.shape[-1] * group_size} columns; found {x.shape[-1]}")
     return settings
+
+
+def _streams(x: jax.Array, settings: Settings) -> bool:
+    """Whether the extension multiplies the rows of x itself; otherwise it unpacks the weights for XLA's product."""
+    if x.shape[0] < WIDE_ROWS:
+        return True
+    tiled = settings.mode in ("affine", "mxfp4") and x.dtype == jnp.bfloat16
+    return tiled and _registered() and find_extension().has_wide()
 
 
 @cache
