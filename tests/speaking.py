@@ -1,4 +1,4 @@
-"""A tiny Talkie that has a tokenizer, and processes that cannot import isomorph."""
+"""Tiny models that have a tokenizer, and processes that cannot import isomorph."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import tiny_gelu_gpt
 from tiny import tiny_config, write_checkpoint
 
 #: 256 bytes and a few pairs; the five special tokens take the last ids.
@@ -27,6 +28,26 @@ def with_tokenizer(folder: Path, **overrides: Any) -> Path:
     write_checkpoint(folder, config)
     lines = (f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(TOKENS))
     (folder / "vocab.txt").write_text("".join(lines))
+    return folder
+
+
+def gelu_gpt_with_tokenizer(folder: Path, **overrides: Any) -> Path:
+    """A tiny GELU-GPT of 257 tokens, in the published layout: the bytes, and one that ends a text.
+
+    Its head is its own: with a tied one, random weights say the last token again and again.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    config = tiny_gelu_gpt.tiny_config(**{"vocab_size": 257, "n_embd": 64, "tie_embeddings": False, **overrides})
+    tiny_gelu_gpt.write_checkpoint(folder, config)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({character: rank for rank, character in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|bos|>")
+    wrapped.chat_template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+    wrapped.save_pretrained(folder)
     return folder
 
 

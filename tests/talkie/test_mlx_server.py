@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import isomorph
-from speaking import BLOCKED, environment, with_tokenizer
+from serving import ask, server
+from speaking import with_tokenizer
 
 #: Questions of eight lengths; two share a beginning, so that the server reuses a cache.
 QUESTIONS = (
@@ -30,49 +22,6 @@ QUESTIONS = (
     "once upon a time",
     "what is the capital of the other place, and who lives there?",
 )
-START_SECONDS = 120
-
-
-@contextmanager
-def server(folder: Path, log: Path) -> Iterator[str]:
-    """The address of a server on loopback, in a process without isomorph; gone afterwards."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    code = BLOCKED + "from mlx_lm.server import main\nmain()"
-    options = ["--model", str(folder), "--port", str(port), "--trust-remote-code", "--log-level", "ERROR"]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, *options], env=environment(), stdout=output, stderr=output
-        )
-    try:
-        address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START_SECONDS
-        while True:
-            try:
-                urllib.request.urlopen(f"{address}/health", timeout=5).close()
-                break
-            except OSError:
-                assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-2000:]
-                time.sleep(0.2)
-        yield address
-    finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def ask(address: str, question: str, **options: Any) -> tuple[str, str]:
-    """The greedy answer to one question, and why it ended."""
-    body = {"messages": [{"role": "user", "content": question}], "max_tokens": 40, "temperature": 0.0, **options}
-    request = urllib.request.Request(
-        f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=120) as response:
-        choice = json.load(response)["choices"][0]
-    return choice["message"].get("content", ""), choice["finish_reason"]
 
 
 def together(address: str) -> list[tuple[str, str]]:
