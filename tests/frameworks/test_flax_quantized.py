@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import isomorph
+import tiny_gelu_gpt
 from conftest import assert_logits_close
 from isomorph.checkpoint import open_checkpoint
 from isomorph.checkpoint.mlx_quantized import quantized_modules
@@ -68,6 +69,22 @@ def test_packed_weights_compute_what_torch_computes(folder, ids):
     name = "model.blocks.2.mlp.mlp_linear.scales"
     scale = model.parameters[name]
     model.parameters[name] = scale + 1 if scale.dtype == jnp.uint8 else scale * (1 + 2**-6)
+    with pytest.raises(AssertionError):
+        assert_logits_close(model.logits(ids), reference)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_by_layer_and_a_tied_head_stay_packed(tied, tmp_path):
+    config = tiny_gelu_gpt.tiny_config(n_embd=64, n_kv_head=4, tie_embeddings=tied)
+    isomorph.quantize(tiny_gelu_gpt.write_checkpoint(tmp_path / "model", config), tmp_path / "q4", group_size=32)
+    model = isomorph.load(tmp_path / "q4", framework="flax")
+    ids = np.random.default_rng(0).integers(0, 120, (2, 140))
+    reference = isomorph.load(tmp_path / "q4", framework="torch").logits(ids)
+    assert_logits_close(model.logits(ids), reference)
+    packed = {name.rpartition(".")[0] for name, value in model.parameters.items() if value.dtype == jnp.uint32}
+    assert {"wte", "value_embeds.0", "blocks.2.mlp.c_proj"} <= packed
+    assert ("lm_head" in packed) != tied
+    model.parameters["wte.scales"] *= 1 + 2**-6
     with pytest.raises(AssertionError):
         assert_logits_close(model.logits(ids), reference)
 

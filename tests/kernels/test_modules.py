@@ -29,6 +29,18 @@ def test_casting_leaves_the_format_alone():
     assert relative_error(module(x), x, case.values) <= 1e-6
 
 
+def test_buffers_move_and_a_tied_head_moves_with_its_embedding():
+    case = make(2, (30, 64), Settings(8, 64))
+    embedding = QuantizedEmbedding(*case.packed, case.settings)
+    model = nn.ModuleList([embedding, embedding.as_linear(), linear()[0]]).to("meta", torch.float16)
+    assert all(buffer.is_meta for buffer in model.buffers())
+    assert [part.scales.dtype for part in model] == [torch.bfloat16] * 3
+    assert model[0].weight is model[1].weight
+    assert model[2](torch.empty(2, 3, 128, device="meta", dtype=torch.bfloat16)).shape == (2, 3, 40)
+    copied = copy.deepcopy(model)
+    assert copied[0].weight is copied[1].weight is not model[0].weight
+
+
 def test_copies_have_buffers_of_their_own():
     module, case = linear()
     x = activations(1, 2, 128, "float32")

@@ -5,7 +5,10 @@
     native.py      gives it torch's threads; the thinnest possible calls into it
     reference.py   the same products in plain torch: any device, and where there is no extension
     ops.py         all of them as torch operators `torch.ops.isomorph.*`, with shapes for torch.compile
+    triton.py      the CUDA implementations of these operators
     modules.py     QuantizedLinear, QuantizedEmbedding, QuantizedExperts
+    jax.py         the same products in JAX: jax.numpy, and the extension through XLA
+    flax.py        QuantizedLinear, QuantizedEmbed for Flax NNX
 
 `exact` numerics: integer codes times the activations as given, fp32 accumulation; |y - y_fp64| <= 1e-6 * sum|x * w|.
 `fast`: activations rounded to int8 within each group (scale max|x| / 127), which is where its whole error comes from.

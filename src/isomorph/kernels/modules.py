@@ -159,8 +159,11 @@ class QuantizedEmbedding(PackedModule):
         return rows if self.scale == 1.0 else rows * torch.tensor(self.scale, dtype=self.dtype, device=rows.device)
 
     def as_linear(self) -> QuantizedLinear:
-        """The output head that is tied to this embedding: same buffers."""
-        return QuantizedLinear(self.weight, self.scales, self.biases, self.settings, fast=self.fast)
+        """The output head that is tied to this embedding: same buffers, also after both have moved to a device."""
+        head = QuantizedLinear(self.weight, self.scales, self.biases, self.settings, fast=self.fast)
+        self._buffers.update(head._buffers)
+        head._buffers = self._buffers
+        return head
 
 
 class QuantizedExpertLinear(PackedModule):
