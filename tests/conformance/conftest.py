@@ -43,10 +43,6 @@ def model_file(architecture: str, framework: str) -> Any:
     return importlib.import_module(f"isomorph.architectures.{architecture}.modeling_{framework}")
 
 
-def talkie(framework: str) -> Any:
-    return model_file("talkie", framework)
-
-
 def shift_torch(architecture: str) -> Callable[[pytest.MonkeyPatch], None]:
     def shift(monkeypatch: pytest.MonkeyPatch) -> None:
         module = model_file(architecture, "torch")
@@ -57,34 +53,42 @@ def shift_torch(architecture: str) -> Callable[[pytest.MonkeyPatch], None]:
     return shift
 
 
-def shift_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = talkie("mlx")
-    rope = module.TalkieModel.rope
-    shifted = lambda model, tokens, offset: rope(model, tokens, offset + (offset >= SHIFTED_FROM))
-    monkeypatch.setattr(module.TalkieModel, "rope", shifted)
+def shift_mlx(architecture: str, trunk: str) -> Callable[[pytest.MonkeyPatch], None]:
+    def shift(monkeypatch: pytest.MonkeyPatch) -> None:
+        model_class = getattr(model_file(architecture, "mlx"), trunk)
+        rope = model_class.rope
+        shifted = lambda model, tokens, offset: rope(model, tokens, offset + (offset >= SHIFTED_FROM))
+        monkeypatch.setattr(model_class, "rope", shifted)
+
+    return shift
 
 
-def shift_flax(monkeypatch: pytest.MonkeyPatch) -> None:
-    import jax
-    import numpy as np
+def shift_flax(architecture: str) -> Callable[[pytest.MonkeyPatch], None]:
+    def shift(monkeypatch: pytest.MonkeyPatch) -> None:
+        import jax
+        import numpy as np
 
-    module = talkie("flax")
-    tables = module.rope_tables
+        module = model_file(architecture, "flax")
+        tables = module.rope_tables
 
-    def shifted(positions: int, *rest: Any) -> Any:
-        index = np.arange(positions)
-        index = np.minimum(index + (index >= SHIFTED_FROM), positions - 1)
-        return tuple(table[index] for table in tables(positions, *rest))
+        def shifted(positions: int, *rest: Any) -> Any:
+            index = np.arange(positions)
+            index = np.minimum(index + (index >= SHIFTED_FROM), positions - 1)
+            return tuple(table[index] for table in tables(positions, *rest))
 
-    monkeypatch.setattr(module, "rope_tables", shifted)
-    jax.clear_caches()
+        monkeypatch.setattr(module, "rope_tables", shifted)
+        jax.clear_caches()
+
+    return shift
 
 
 CASES = (
     Case("talkie", "torch", write_talkie, shift_torch("talkie")),
-    Case("talkie", "mlx", write_talkie, shift_mlx),
-    Case("talkie", "flax", write_talkie, shift_flax),
+    Case("talkie", "mlx", write_talkie, shift_mlx("talkie", "TalkieModel")),
+    Case("talkie", "flax", write_talkie, shift_flax("talkie")),
     Case("gelu_gpt", "torch", write_gelu_gpt, shift_torch("gelu_gpt")),
+    Case("gelu_gpt", "mlx", write_gelu_gpt, shift_mlx("gelu_gpt", "GeluGPTModel")),
+    Case("gelu_gpt", "flax", write_gelu_gpt, shift_flax("gelu_gpt")),
 )
 
 
