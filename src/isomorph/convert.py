@@ -17,6 +17,7 @@ from isomorph.architectures.base import Architecture
 from isomorph.checkpoint.container import MAX_SHARD_BYTES, Container, safetensors_files, torch_container
 from isomorph.checkpoint.mlx_quantized import CONFIG_KEYS as QUANTIZATION_KEYS
 from isomorph.checkpoint.mlx_quantized import unquantized
+from isomorph.checkpoint.orbax_folder import ITEM, write_orbax
 from isomorph.checkpoint.source import INDEX, Checkpoint, open_checkpoint
 from isomorph.checkpoint.target import check_target
 from isomorph.checkpoint.tensor import FLOATING, Tensor
@@ -26,11 +27,20 @@ from isomorph.port.stock import shared_layout
 from isomorph.stage import callable_module
 from isomorph.tokenizer import copy_tokenizer
 
-#: Who a folder is for -> how its weights are stored.
-CONTAINERS = {"mlx": "mlx", "transformers": "pt", "flax": "flax", "original": "torch"}
+#: Who a folder is for -> how its weights may be stored.
+CONTAINERS = {
+    "mlx": ("mlx",),
+    "transformers": ("pt",),
+    "flax": ("flax", "orbax"),
+    "original": ("torch", "nanochat"),
+}
 
-#: The weights of an `original` folder.
+#: The weights of an `original` folder, and nanochat's name for them.
 ORIGINAL_FILE = "model.pt"
+NANOCHAT_FILE = "model_000000.pt"
+
+#: What nanochat and training runs in JAX say of a model, and no more.
+MODEL_KEYS = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern")
 
 CAST_DTYPES = ("bfloat16", "float16", "float32")
 
@@ -158,7 +168,14 @@ def own_plan(
     if not reading.packed:
         kept = {key: value for key, value in kept.items() if key not in QUANTIZATION_KEYS}
     config = kept | dict(parsed.to_dict()) | dict(target.keys) | _dtype_keys(tensors)
-    files["config.json"] = json_bytes(config)
+    model = {key: config[key] for key in MODEL_KEYS if key in config}
+    if target.container == "nanochat":
+        meta = NANOCHAT_FILE.replace("model_", "meta_").replace(".pt", ".json")
+        files[meta] = json_bytes({"step": 0, "model_config": model})
+    elif target.container == "orbax":
+        files["0"] = lambda step: write_orbax(step, tensors)
+    nested = {ITEM: {**model, "tie_embeddings": config["tie_embeddings"]}} if target.container == "orbax" else {}
+    files["config.json"] = json_bytes({**config, **nested})
     parameters = sum(math.prod(shape) for shape in port.shapes_in(target, reading.shapes).values())
     return Plan(
         reading.layout.name, target.name, tensors, target.container, parameters, config, parsed, files, reading.dropped
@@ -170,12 +187,12 @@ def _target_layout(
 ) -> port.Layout:
     if name is not None:
         layout = port.layout_of(architecture, name)
-        if to is not None and CONTAINERS[to] != layout.container:
-            fitting = [other.name for other in architecture.layouts.values() if other.container == CONTAINERS[to]]
+        if to is not None and layout.container not in CONTAINERS[to]:
+            fitting = [other.name for other in architecture.layouts.values() if other.container in CONTAINERS[to]]
             raise InputError(f"expected a layout for {to}: {' or '.join(fitting)}; found {name!r}; change one of them")
         return layout
     own = architecture.layouts[architecture.detect(checkpoint)]
-    if checkpoint.quantization is not None and not dequantize and own.container == CONTAINERS[to or "mlx"]:
+    if checkpoint.quantization is not None and not dequantize and own.container in CONTAINERS[to or "mlx"]:
         return own
     return architecture.layouts[architecture.defaults[to or "mlx"]]
 
@@ -209,6 +226,10 @@ def _cast(tensor: Tensor, dtype: str | None) -> Tensor:
 def _containers(plan: Plan, max_shard_bytes: int) -> list[Container]:
     if plan.container == "torch":
         return [torch_container(ORIGINAL_FILE, plan.tensors)]
+    if plan.container == "nanochat":
+        return [torch_container(NANOCHAT_FILE, plan.tensors, key=None)]
+    if plan.container == "orbax":
+        return []  # a folder of its own among the files
     return safetensors_files(plan.tensors, {"format": plan.container}, max_shard_bytes)
 
 
@@ -230,7 +251,7 @@ def tokenizer_files(checkpoint: Checkpoint, architecture: Architecture | None, p
     """The source's tokenizer in the form the target takes."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        original = plan.container == "torch"
+        original = plan.container in CONTAINERS["original"]
         names = copy_tokenizer(checkpoint.path, place, architecture, plan.parsed, original=original)
         return {name: (place / name).read_bytes() for name in names}
 

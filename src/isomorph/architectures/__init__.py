@@ -45,6 +45,9 @@ def find(checkpoint: Checkpoint) -> Architecture | None:
     model_type = checkpoint.config.get("model_type") if checkpoint.config is not None else None
     model_type = model_type or checkpoint.overrides.get("model_type")
     if isinstance(model_type, str):
+        for other in registered().values():
+            if model_type != other.model_type and (reason := other.foreign(checkpoint.config or {})):
+                raise InputError(f"{checkpoint.path}: {reason}")
         return get(model_type)
     best, share = None, 0.0
     for architecture in registered().values():

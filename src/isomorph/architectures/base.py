@@ -18,6 +18,8 @@ class Architecture:
 
     `layouts` are the forms a checkpoint has; `defaults` the one each target of `convert --to` writes; `native` the
     one each framework's model file is filled from; `parameters(config)` the canonical tensors and their shapes.
+    `check_dropped(config, tensors)` raises InputError when a tensor that its layout drops says something else than the
+    config; `foreign(config)` says why a config.json of another model_type is not whole, None when it is.
     """
 
     model_type: str
@@ -30,6 +32,8 @@ class Architecture:
     parameters: Callable[[Any], dict[str, tuple[int, ...]]]
     role: Callable[[str], str | None]
     folder: str
+    check_dropped: Callable[[Any, Mapping[str, Tensor]], None] = lambda config, tensors: None
+    foreign: Callable[[Mapping[str, Any]], str | None] = lambda config: None
 
     def module(self, name: str) -> ModuleType:
         """Import one of the folder's files, e.g. `modeling_torch`."""

@@ -89,18 +89,21 @@ def _safetensors_file(name: str, tensors: Sequence[Tensor], metadata: Mapping[st
     return Container(name, list(zip(ends, tensors)), lambda checksums: iter([(0, header)]), ends[-1])
 
 
-def torch_container(name: str, tensors: Iterable[Tensor]) -> Container:
-    """`tensors` as `torch.save({"model_state_dict": ...}, name)` would write them: a zip of a pickle and raw values."""
+def torch_container(name: str, tensors: Iterable[Tensor], key: str | None = "model_state_dict") -> Container:
+    """`tensors` as `torch.save({key: ...}, name)` would write them: a zip of a pickle and raw values.
+
+    Without a `key` the tensors' own dictionary is the document.
+    """
     tensors = list(tensors)
-    entries: list[tuple[str, bytes | Tensor]] = [("data.pkl", _pickle(tensors)), ("byteorder", b"little")]
+    entries: list[tuple[str, bytes | Tensor]] = [("data.pkl", _pickle(tensors, key)), ("byteorder", b"little")]
     entries += [(f"data/{key}", tensor) for key, tensor in enumerate(tensors)]
     entries.append(("version", b"3\n"))
     return _zip_file(name, [(f"archive/{entry}", content) for entry, content in entries])
 
 
-def _pickle(tensors: Sequence[Tensor]) -> bytes:
-    """The pickle, protocol 2, of `{"model_state_dict": {name: tensor}}` with tensors as torch pickles them."""
-    parts = [b"\x80\x02}", _text("model_state_dict"), b"}("]
+def _pickle(tensors: Sequence[Tensor], outer: str | None) -> bytes:
+    """The pickle, protocol 2, of `{outer: {name: tensor}}` with tensors as torch pickles them."""
+    parts = [b"\x80\x02", b"" if outer is None else b"}" + _text(outer), b"}("]
     for key, tensor in enumerate(tensors):
         if tensor.dtype not in TORCH_STORAGES:
             raise InputError(f"expected dtypes that a torch file stores; found {tensor.dtype} of {tensor.name!r}")
@@ -115,7 +118,7 @@ def _pickle(tensors: Sequence[Tensor]) -> bytes:
             *(b"(", *map(_integer, strides if tensor.shape else []), b"t"),
             b"\x89ccollections\nOrderedDict\n)RtR",
         ]
-    return b"".join([*parts, b"us."])
+    return b"".join([*parts, b"u." if outer is None else b"us."])
 
 
 def _text(value: str) -> bytes:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from isomorph.checkpoint.hub import fetch, is_hub_id
+from isomorph.checkpoint.orbax_folder import ITEM, find_item, read_orbax
 from isomorph.checkpoint.safetensors_file import REPAIR, read_safetensors
 from isomorph.checkpoint.tensor import Tensor
-from isomorph.checkpoint.torch_file import SUFFIXES, read_torch
+from isomorph.checkpoint.torch_file import SUFFIXES, open_torch
 from isomorph.errors import InputError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+
+#: nanochat's checkpoints: one a training step, each with its `meta_STEP.json`.
+NANOCHAT = re.compile(r"model_(\d+)\.pt")
 
 #: `pocket:talkie` names a model that comes with the package.
 POCKET = "pocket:"
@@ -27,8 +32,8 @@ class Checkpoint:
 
     `path` is the folder, or the original file; `tensors` are lazy and in the order of their data; `config` is
     config.json with the caller's `overrides` applied, or None when there is no config.json; `metadata` is the
-    safetensors header's; `kind` is `safetensors`, `torch`, or `config` for a folder without weights; `files` are the
-    weight files.
+    safetensors header's; `kind` is `safetensors`, `torch`, `orbax`, or `config` for a folder without weights; `files`
+    are the weight files. What other metadata say of the model (nanochat's, a training run's) is among `overrides`.
     """
 
     path: Path
@@ -89,7 +94,14 @@ def _open(path: Path, overrides: dict[str, Any]) -> Checkpoint:
         raise InputError(f"expected {INDEX} beside {len(found)} safetensors files in {path}; found none; {REPAIR}")
     if found:
         return _safetensors_checkpoint(path, found, None, values, overrides)
+    item = find_item(path)
+    if item is not None:
+        return _orbax_checkpoint(path, item, values, overrides)
     originals = sorted(entry for entry in path.iterdir() if entry.suffix in SUFFIXES and entry.is_file())
+    # Beside each of nanochat's steps lies its optimizer's state.
+    steps = [entry for entry in originals if NANOCHAT.fullmatch(entry.name)]
+    if steps:
+        originals = [max(steps, key=lambda entry: int(entry.stem.partition("_")[2]))]
     if len(originals) > 1:
         names = ", ".join(entry.name for entry in originals[:4])
         raise InputError(f"expected one original checkpoint in {path}; found {names}; pass the file itself")
@@ -147,7 +159,34 @@ def _locate(source: str | Path) -> Path:
 
 
 def _torch_checkpoint(path: Path, file: Path, config: dict[str, Any] | None, overrides: dict[str, Any]) -> Checkpoint:
-    return Checkpoint(path, config, read_torch(file), {}, "torch", (file,), overrides)
+    tensors, stated = open_torch(file)
+    meta = file.with_name(f"meta_{file.stem.partition('_')[2]}.json")
+    if NANOCHAT.fullmatch(file.name) and meta.is_file():
+        stated = _inner(meta, "model_config")
+    return Checkpoint(path, config, tensors, {}, "torch", (file,), {**stated, **overrides})
+
+
+def _orbax_checkpoint(path: Path, item: Path, config: dict[str, Any] | None, overrides: dict[str, Any]) -> Checkpoint:
+    """Of `item` in a run, a step or by itself; the run's config.json has the model's under `model`."""
+    places = [folder / "config.json" for folder in (item, item.parent, item.parent.parent)]
+    own = next((place for place in places if place.is_file()), None)
+    if own is not None:
+        values = read_json(own)
+        nested = values.pop(ITEM, None)
+        if isinstance(nested, dict) and "model_type" not in values:
+            config, overrides = None, {**nested, **overrides}
+        else:
+            config = {**values, **overrides}
+    files = tuple(entry for entry in sorted(item.rglob("*")) if entry.is_file())
+    return Checkpoint(path, config, read_orbax(item), {}, "orbax", files, overrides)
+
+
+def _inner(path: Path, key: str) -> dict[str, Any]:
+    """The JSON object at `key` of the one in `path`."""
+    value = read_json(path).get(key)
+    if not isinstance(value, dict):
+        raise InputError(f"expected a JSON object at {key!r} in {path}; found {value!r}; correct the file")
+    return value
 
 
 def _safetensors_checkpoint(

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 SUFFIXES = (".pt", ".pth", ".ckpt")
 
 #: Where a training checkpoint keeps the model's tensors; without any of these the top level is the model.
-STATE_KEYS = ("model_state_dict", "model")
+STATE_KEYS = ("model_state_dict", "state_dict", "model")
 
 #: What `torch.compile` puts into parameter names.
 COMPILED_PREFIX = "_orig_mod."
@@ -29,6 +29,11 @@ COMPILED_PREFIX = "_orig_mod."
 
 def read_torch(path: Path) -> dict[str, Tensor]:
     """Lazily read tensors of `path`. Raises InputError for a damaged file, and for one that asks to run code."""
+    return open_torch(path)[0]
+
+
+def open_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Lazily read tensors of `path`, and the model's `config` that may stand beside them. Raises InputError."""
     try:
         import torch
     except ModuleNotFoundError:
@@ -57,7 +62,9 @@ def read_torch(path: Path) -> dict[str, Tensor]:
         raise InputError(
             f"expected a torch file; found {path}, which torch cannot read ({detail[:120]}); download it again"
         ) from None
-    return _tensors(path, _state(path, document))
+    state = _state(path, document)
+    config = document.get("config") if state is not document else None
+    return _tensors(path, state), dict(config) if isinstance(config, Mapping) else {}
 
 
 def _state(path: Path, document: Any) -> Mapping[str, Any]:
@@ -92,7 +99,7 @@ def _tensors(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
     if ignored:
         logger.info("%s: ignored what is not a tensor: %s", path.name, ", ".join(ignored))
     if not tensors:
-        raise InputError(f"expected tensors in {path} (top level, 'model_state_dict' or 'model'); found none")
+        raise InputError(f"expected tensors in {path} (top level or under {', '.join(STATE_KEYS)}); found none")
     return tensors
 
 

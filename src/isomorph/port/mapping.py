@@ -159,6 +159,7 @@ def read(
             f"expected {checkpoint.path} to hold the {len(rows)} tensors of layout {layout.name}; found {shown}{more}; "
             "correct config.json or the weights"
         )
+    architecture.check_dropped(config, {name: tensors[name] for name in leaving})
     return Reading(layout, rows, tensors, packed, leaving, shapes, checkpoint.folder)
 
 

@@ -13,15 +13,6 @@ from typing import Any
 #: Smallest float32 eps: nanochat's `F.rms_norm(x, shape)` names none, and torch takes it for every input dtype.
 FLOAT32_EPS = 1.1920928955078125e-07
 
-#: What nanochat's own models are, whose `model_config` does not say so.
-NANOCHAT = {
-    "model_type": "gelu_gpt",
-    "tie_embeddings": False,
-    "mlp": "relu2",
-    "rms_norm_eps": FLOAT32_EPS,
-    "rope_table_dtype": "bfloat16",
-}
-
 #: Sequence lengths are cut into quarters of whole tiles for the short windows (nanochat).
 WINDOW_TILE = 128
 
@@ -34,7 +25,7 @@ ANNOTATIONS = frozenset(
     _name_or_path architectures attention_dropout auto_map bos_token_id chunk_size_feed_forward dtype eos_token_id
     id2label is_decoder is_encoder_decoder label2id model_file output_attentions output_hidden_states pad_token_id
     problem_type quantization quantization_config return_dict tokenizer_class torch_dtype transformers_version
-    use_cache
+    use_cache use_scan
     """.split()  # noqa: SIM905 - a list of words reads better as words
 )
 
@@ -47,6 +38,9 @@ ALIASES = {
     "tie_word_embeddings": "tie_embeddings",
     "rope_theta": "rope_base",
 }
+
+#: Keys that only this architecture's configs have.
+OWN = frozenset(["sequence_len", "window_pattern", "n_layer", "n_head", "n_kv_head", "n_embd", "rope_base", "mlp"])
 
 #: Keys of the model that Transformers and mlx-lm call nanochat: an earlier one, without windows, smear and backout.
 EARLIER = frozenset(["intermediate_size", "hidden_act", "final_logit_softcapping", "logits_soft_cap", "attention_bias"])

@@ -100,8 +100,8 @@ LAYOUTS = {
     for layout in (
         Layout(
             name="original",
-            rows={**NANOCHAT, **DROPPED},
-            container="torch",
+            rows={**NANOCHAT, "cos": (None, TABLES), "sin": (None, TABLES)},
+            container="nanochat",
             description="nanochat's own checkpoint: model_*.pt and meta_*.json",
             keys=CLASSES,
             loads=PICKLE,
@@ -150,6 +150,18 @@ LAYOUTS = {
             loads={
                 "transformers": "no: NNX names; convert --to transformers",
                 "mlx-lm": "no: NNX names; convert --to mlx",
+                "vllm": UNSERVED,
+            },
+        ),
+        Layout(
+            name="orbax",
+            rows={**FLAX, **DROPPED},
+            container="orbax",
+            description="the Flax NNX tree in an Orbax checkpoint, as training runs write it",
+            keys=CLASSES,
+            loads={
+                "transformers": "no: an Orbax checkpoint; convert --to transformers",
+                "mlx-lm": "no: an Orbax checkpoint; convert --to mlx",
                 "vllm": UNSERVED,
             },
         ),
