@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,7 +11,7 @@ from typing import Any
 DEPTH = 8
 
 
-def ahead(items: Iterator[Any]) -> Iterator[Any]:
+def ahead(items: Iterator[Any]) -> Generator[Any, None, None]:
     """The same items in the same order, made in one other thread. Its exceptions are raised here, in their place."""
     end = object()
     with ThreadPoolExecutor(1) as worker:

@@ -80,9 +80,15 @@ class Pool {
     }
     if (sleeping_.load() > 0) wake_.notify_all();
     job.work();
-    for (int spins = 0; pending_.load(std::memory_order_acquire) > 0; ++spins) {
+    const auto deadline = std::chrono::steady_clock::now() + kSpin;
+    for (int spins = 1; pending_.load() > 0; ++spins) {
       pause_briefly();
-      if (spins % 1024 == 1023) std::this_thread::yield();
+      if (spins % 64 == 0 && std::chrono::steady_clock::now() > deadline) {  // its core may be busy with other things
+        std::unique_lock<std::mutex> lock(mutex_);
+        waiting_.store(true);
+        done_.wait(lock, [&] { return pending_.load() == 0; });
+        waiting_.store(false);
+      }
     }
   }
 
@@ -103,17 +109,20 @@ class Pool {
       seen = generation_.load(std::memory_order_acquire);
       if (stop_) return;
       job_->work();
-      pending_.fetch_sub(1, std::memory_order_release);
+      if (pending_.fetch_sub(1) == 1 && waiting_.load()) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        done_.notify_one();
+      }
     }
   }
 
   std::vector<std::thread> threads_;
   std::mutex mutex_;
-  std::condition_variable wake_;
+  std::condition_variable wake_, done_;
   std::atomic<uint64_t> generation_{0};
   std::atomic<int> pending_{0};
   std::atomic<int> sleeping_{0};
-  std::atomic<bool> stop_{false};
+  std::atomic<bool> stop_{false}, waiting_{false};
   Job* job_ = nullptr;
   pid_t owner_;
 };
