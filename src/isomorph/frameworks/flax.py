@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from isomorph import architectures, port
 from isomorph.errors import InputError
@@ -112,7 +112,7 @@ class FlaxModel(Model):
         config: Any,
         architecture: str,
         dtype: str,
-        specs: dict[str, jax.sharding.PartitionSpec],
+        specs: dict[str, PartitionSpec],
     ) -> None:
         self.graph = graph
         self.parameters = parameters
@@ -127,14 +127,15 @@ class FlaxModel(Model):
         self.step: Any = jax.jit(self._step, donate_argnums=1, static_argnames="last_only")
 
     def shard(self, mesh: Mesh) -> None:
-        """Spread the matrices over the devices of a mesh with the axis `model`, as the model's file annotates them."""
+        """Spread the matrices over a mesh's devices as the model's file annotates them, as far as it has those axes."""
         for name, value in self.parameters.items():
-            for size, axis in zip(value.shape, self.specs[name]):
+            axes = [axis if axis in mesh.shape else None for axis in self.specs[name]]
+            for size, axis in zip(value.shape, axes):
                 if axis is not None and size % mesh.shape[axis]:
                     raise InputError(
                         f"expected {name} {list(value.shape)} to divide over {mesh.shape[axis]} devices; use fewer"
                     )
-            self.parameters[name] = jax.device_put(value, NamedSharding(mesh, self.specs[name]))
+            self.parameters[name] = jax.device_put(value, NamedSharding(mesh, PartitionSpec(*axes)))
         self.graph, _ = split(without_extension(merge(self.graph, self.parameters)))
         self.forward.clear_cache()
         self.step.clear_cache()
