@@ -1,14 +1,15 @@
 """MLX-quantized folders in torch: packed weights stay packed, memory-mapped, and are multiplied as they lie.
 
-Any architecture of Transformers loads whose weights mlx-lm stores under its own names: linear layers and embeddings are
+Any architecture of Transformers loads that mlx-lm stores module by module: linear layers, embeddings and experts are
 replaced by modules over the packed tensors, everything else is filled as usual.
 """
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,16 +22,8 @@ from isomorph.errors import InputError, did_you_mean
 from isomorph.kernels.modules import QuantizedEmbedding, QuantizedExpertLinear, QuantizedExperts, QuantizedLinear
 from isomorph.quantize.settings import Settings
 
-#: mlx-lm's names that differ from Transformers'; each is tried where a name is not the model's own.
-RENAMES = (
-    (r"\.block_sparse_moe\.", ".mlp."),
-    (r"^model\.h\.", "gpt_neox.layers."),
-    (r"^model\.(embed_in|final_layer_norm)\.", r"gpt_neox.\1."),
-    (r"^model\.", "transformer."),
-)
-
-#: Experts as mlx-lm stacks them: `X.switch_mlp.gate_proj` [E, N, K]; Transformers has `X.experts.gate_up_proj`.
-EXPERTS = re.compile(r"^(.*)\.switch_mlp\.(gate|up|down)_proj$")
+#: Experts as mlx-lm stacks them, [E, N, K]: `X.switch_mlp.gate_proj`, in gpt-oss `X.experts.gate_proj`.
+EXPERTS = re.compile(r"^(.*)\.(?:switch_mlp|experts)\.(gate|up|down)_proj$")
 
 #: Tables that older exports carry along and the models compute themselves.
 DROPPED = re.compile(r"\.(rotary_emb\.inv_freq|attention\.(masked_bias|bias)|attn\.(masked_bias|bias))$")
@@ -74,8 +67,8 @@ def fill(
     fast: bool,
 ) -> None:
     """Give every parameter of `module` its tensor, packed ones as modules over the packed words. Raises InputError."""
+    names = Names(module)
     missing = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    known = dict(module.state_dict(keep_vars=True))
     unknown: list[str] = []
     experts: dict[str, dict[str, str]] = {}
     for name, tensor in tensors.items():
@@ -85,7 +78,7 @@ def fill(
         if expert := EXPERTS.match(owner):
             experts.setdefault(expert[1], {})[expert[2]] = owner
             continue
-        own = _own_name(name, known)
+        own = names.own(name)
         if own is None:
             unknown.append(name)
             continue
@@ -95,7 +88,10 @@ def fill(
             _assign(module, own, torch_view(tensor.read()))
         missing.discard(own)
     for path, parts in experts.items():
-        missing -= _place_experts(module, path, parts, tensors, packed, fast, known, unknown)
+        filled = _place_experts(module, names.own(f"{path}.experts.gate_up_proj"), parts, tensors, packed, fast)
+        if not filled:
+            unknown.extend(f"{owner}.weight" for owner in parts.values())
+        missing -= filled
     tie(module, missing)
     if missing or unknown:
         lost = [f"{name!r} missing" for name in sorted(missing)] + [f"{name!r} unknown" for name in sorted(unknown)]
@@ -104,6 +100,31 @@ def fill(
             f"expected the parameters of {type(module).__name__}; found {lost[0]}{more}; "
             "use framework mlx, or convert --dequantize"
         )
+
+
+class Names:
+    """mlx-lm's names of a model's parameters as the model's own.
+
+    Most are equal; older checkpoints' are renamed as Transformers itself renames them; mlx-lm calls every base model
+    `model` and, in gpt_neox, its list of layers `h`.
+    """
+
+    def __init__(self, module: Any) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+
+        self._known = frozenset(module.state_dict())
+        self._base = f"{module.base_model_prefix}."
+        self._renamings = [part for part in get_model_conversion_mapping(module) if isinstance(part, WeightRenaming)]
+
+    def own(self, name: str) -> str | None:
+        """The parameter or buffer that `name` means, or None."""
+        from transformers.core_model_loading import apply_renamings
+
+        renamed = apply_renamings(name, self._renamings)
+        based = re.sub(r"^model\.", self._base, renamed)
+        layered = based.replace(f"{self._base}h.", f"{self._base}layers.")
+        return next((found for found in (name, renamed, based, layered) if found in self._known), None)
 
 
 def torch_view(value: np.ndarray) -> torch.Tensor:
@@ -139,16 +160,6 @@ def _stored_dtype(checkpoint: Checkpoint) -> str:
     return max(set(names), key=names.count) if names else "bfloat16"
 
 
-def _own_name(name: str, known: Mapping[str, Any]) -> str | None:
-    if name in known:
-        return name
-    for pattern, replacement in RENAMES:
-        renamed = re.sub(pattern, replacement, name)
-        if renamed in known:
-            return renamed
-    return None
-
-
 def _assign(module: nn.Module, name: str, value: torch.Tensor) -> None:
     path, _, leaf = name.rpartition(".")
     owner: Any = module.get_submodule(path)
@@ -156,12 +167,15 @@ def _assign(module: nn.Module, name: str, value: torch.Tensor) -> None:
         owner.bias = value.to(owner.bias.dtype)  # type: ignore[union-attr]
         return
     place = getattr(owner, leaf)
-    if place.shape != value.shape:
-        raise InputError(
-            f"expected {name} of shape {list(place.shape)}; found {list(value.shape)}; "
-            "correct the weights or config.json"
-        )
+    _check_shape(name, value.shape, place.shape)
     place.data = value.to(place.dtype, copy=True)
+
+
+def _check_shape(name: str, found: Sequence[int], wanted: Sequence[int]) -> None:
+    if tuple(found) != tuple(wanted):
+        raise InputError(
+            f"expected {name} of shape {list(wanted)}; found {list(found)}; correct the weights or config.json"
+        )
 
 
 def place(module: nn.Module, path: str, entry: QuantizedModule, dtype: torch.dtype, fast: bool) -> None:
@@ -169,10 +183,7 @@ def place(module: nn.Module, path: str, entry: QuantizedModule, dtype: torch.dty
     old: Any = module.get_submodule(path)
     shape = tuple(old.weight.shape)
     transposed = type(old).__name__ == "Conv1D"  # GPT-2 stores [K, N]
-    if (shape[::-1] if transposed else shape) != entry.shape:
-        raise InputError(
-            f"expected {path} of shape {list(shape)}; found {list(entry.shape)}; correct the weights or config.json"
-        )
+    _check_shape(path, entry.shape, shape[::-1] if transposed else shape)
     if isinstance(old, nn.Embedding):
         scale = getattr(old, "embed_scale", None)
         factor = 1.0 if scale is None else float(scale)
@@ -186,42 +197,55 @@ def place(module: nn.Module, path: str, entry: QuantizedModule, dtype: torch.dty
 
 def _place_experts(
     module: nn.Module,
-    path: str,
+    gate_up: str | None,
     parts: Mapping[str, str],
     tensors: Mapping[str, Tensor],
     packed: Mapping[str, QuantizedModule],
     fast: bool,
-    known: Mapping[str, Any],
-    unknown: list[str],
 ) -> set[str]:
-    """Experts of one block, packed where all three are and the class is the plain gated one; the names they fill."""
-    gate_up = _own_name(f"{path}.experts.gate_up_proj", known)
+    """Fill the experts of one block, packed where all three matrices are; the names filled, none if not understood."""
     if gate_up is None or set(parts) != {"gate", "up", "down"}:
-        unknown.extend(f"{owner}.weight" for owner in parts.values())
         return set()
     place = gate_up.rpartition(".")[0]
     old: Any = module.get_submodule(place)
-    names = {gate_up, f"{place}.down_proj"}
-    plain = not getattr(old, "has_bias", False) and getattr(old, "is_concatenated", True)
-    gating = getattr(type(old), "_apply_gate", None)
-    plain = plain and getattr(gating, "__name__", None) == "_default_apply_gate"
-    if not plain or getattr(old, "is_transposed", False):
-        unknown.extend(f"{owner}.weight" for owner in parts.values())
+    if not getattr(old, "has_gate", False) or getattr(old, "has_post_expert_norm", False):
         return set()
-    if all(owner in packed for owner in parts.values()):
-        gate, up, down = (
-            QuantizedExpertLinear(*packed_parts(packed[parts[part]]), fast=fast) for part in ("gate", "up", "down")
-        )
-        module.set_submodule(place, QuantizedExperts(gate, up, down, activation=old.act_fn))
+    names = {f"{place}.{name}" for name, _ in old.named_parameters()}
+    down_shape = tuple((old.down_proj.transpose(1, 2) if old.is_transposed else old.down_proj).shape)
+    shapes = dict.fromkeys(("gate", "up"), (down_shape[0], down_shape[2], down_shape[1])) | {"down": down_shape}
+    if not all(owner in packed for owner in parts.values()):
+        if old.has_bias or old.is_transposed or not old.is_concatenated:
+            return set()
+        dtype = old.down_proj.dtype
+        values = {}
+        for part, owner in parts.items():
+            tensor = packed[owner].dequantized(_name(dtype)) if owner in packed else tensors[f"{owner}.weight"]
+            _check_shape(owner, tensor.shape, shapes[part])
+            values[part] = torch_view(tensor.read()).to(dtype)
+        old.gate_up_proj.data = torch.cat([values["gate"], values["up"]], 1)
+        old.down_proj.data = values["down"]
         return names
-    values = {}
+    made = {}
     for part, owner in parts.items():
-        dtype = _name(old.down_proj.dtype)
-        tensor = packed[owner].dequantized(dtype) if owner in packed else tensors[f"{owner}.weight"]
-        values[part] = torch_view(tensor.read()).to(old.down_proj.dtype)
-    old.gate_up_proj.data = torch.cat([values["gate"], values["up"]], 1)
-    old.down_proj.data = values["down"]
+        _check_shape(owner, packed[owner].shape, shapes[part])
+        bias = torch_view(tensors[f"{owner}.bias"].read()) if old.has_bias else None
+        made[part] = QuantizedExpertLinear(*packed_parts(packed[owner]), bias=bias, fast=fast)
+    module.set_submodule(place, QuantizedExperts(made["gate"], made["up"], made["down"], gating(old)))
     return names
+
+
+def gating(experts: Any) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """How `experts`, a module of Transformers, makes one hidden vector of those of gate and up."""
+    apply = type(experts)._apply_gate
+    if apply.__name__ == "_default_apply_gate":
+        activation = experts.act_fn
+        return lambda gate, up: activation(gate) * up
+    # The module's own function, over the attributes it reads but not the weights.
+    bare = copy.copy(experts)
+    bare._parameters = {}
+    if experts.is_concatenated:
+        return lambda gate, up: apply(bare, torch.cat([gate, up], -1))
+    return lambda gate, up: apply(bare, torch.stack([gate, up], -1).flatten(-2))
 
 
 def tie(module: Any, missing: set[str]) -> None:
