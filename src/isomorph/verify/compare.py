@@ -72,15 +72,15 @@ def logit_checks(level: Level) -> list[Check]:
         checks.append(Check.at_most(f"logits, {dtype}: noise ratio", level.noise_ratio, MAX_NOISE_RATIO, NOISE_REASON))
     if dtype != "float32" and level.candidate_to_exact is not None:
         # The candidate may disagree with the exact run as often as the reference itself does, give or take two
-        # standard errors of a count.
+        # standard errors of the difference of two such counts.
         own = level.reference_to_exact.top1_agreement
-        error = (max(own * (1 - own), 1 / logits.tokens) / logits.tokens) ** 0.5
+        error = (2 * max(own * (1 - own), 1 / logits.tokens) / logits.tokens) ** 0.5
         checks.append(
             Check.at_least(
                 f"top-1, {dtype}: agrees with {level.exact_dtype}",
                 level.candidate_to_exact.top1_agreement,
                 own - 2 * error,
-                f"the reference's own {dtype} agrees {own:.2%}, less two standard errors",
+                f"the reference's own {dtype} agrees {own:.2%}, less two standard errors of the difference",
             )
         )
     if dtype != "float32" and level.clear_top1 is not None:
