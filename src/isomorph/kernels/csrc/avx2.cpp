@@ -44,7 +44,7 @@ struct Avx2 {
 }  // namespace
 
 const Backend* avx2_backend() {
-  static const Backend backend{"avx2", multiply<Avx2>, multiply_bfloat16<Avx2>, dequantize<Avx2>, false};
+  static const Backend backend{"avx2", multiply<Avx2>, multiply_bfloat16<Avx2>, dequantize<Avx2>, read, false};
   static const bool supported =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   return supported ? &backend : nullptr;

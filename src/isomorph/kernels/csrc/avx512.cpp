@@ -1,39 +1,38 @@
 // AVX-512 with VBMI, VNNI and BF16: Zen 4 and later, Sapphire Rapids and later.
-//
-// Exact products use vdpbf16ps on integer codes. A code minus its group's zero point (the code nearest to w = 0) is an
-// integer of at most 9 bits, exact in bfloat16, so products are exact and sums are fp32; what remains of the bias after
-// the zero point is at most about half a scale, so nothing large cancels. Wider activations are split into two or three
-// bfloat16 pieces that add up to them exactly.
 #if defined(__AVX512F__) && defined(__AVX512VBMI__) && defined(__AVX512VNNI__) && defined(__AVX512BF16__)
 
-#include "avx512_decode.h"
-#include "avx512_skinny.h"
+#include "avx512_exact.h"
+#include "avx512_fast.h"
 #include "avx512_wide.h"
 
 namespace isomorph {
 namespace {
 
-// Below this many rows the weights are streamed once and decoded in registers; from it on, decoding into tiles pays.
-constexpr int64_t kWideRows = 12;
+// Up to here the weights are streamed and decoded in registers; beyond, decoding into panels pays.
+constexpr int64_t kFewExact = 16, kFewFast = 2;
+
+// Intel runs vdpbf16ps at a quarter of the rate of fp32 multiply-adds, AMD at the same.
+const bool kBfloat16Pays = !__builtin_cpu_is("intel");
 
 void multiply(const Weights& w, const Rows& rows, bool fast) {
-  if (w.mode == Mode::mxfp8 || w.mode == Mode::nvfp4) return avx2_backend()->multiply(w, rows, fast);
-  if (fast) {
-    if (rows.count >= kWideRows) return wide_fast(w, rows);
-    return skinny_fast(w, rows);
-  }
-  if (rows.count >= kWideRows && rows.x_type == Type::bfloat16) return wide_exact(w, rows);
-  skinny_exact(w, rows);
+  if (fast && (w.mode == Mode::affine || w.mode == Mode::mxfp4))
+    return rows.count <= kFewFast ? few_fast(w, rows) : wide_int8(w, rows);
+  if (rows.count <= kFewExact) return few_exact(w, rows);
+  const bool codes_fit = w.mode == Mode::affine || w.mode == Mode::mxfp4;
+  if (kBfloat16Pays && codes_fit && rows.x_type == Type::bfloat16) wide_bfloat16(w, rows);
+  else wide_float32(w, rows);
 }
 
 void dequantize(const Weights& w, const int64_t* indices, int64_t count, void* out, Type type) {
   avx2_backend()->dequantize(w, indices, count, out, type);
 }
 
+uint64_t read(const uint8_t* p, int64_t bytes) { return avx2_backend()->read(p, bytes); }
+
 }  // namespace
 
 const Backend* avx512_backend() {
-  static const Backend backend{"avx512", multiply, multiply_bfloat16, dequantize, true};
+  static const Backend backend{"avx512", multiply, multiply_bfloat16, dequantize, read, true};
   static const bool supported =
       avx2_backend() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi") &&

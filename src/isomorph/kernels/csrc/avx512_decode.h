@@ -1,4 +1,9 @@
-// Codes from MLX's bit stream to vectors: 32 bfloat16 (exact) or 64 bytes (fast); scales of 16 groups at a time.
+// Weights in fp32 out of MLX's bit stream, 16 at a time.
+//
+// A unit of 16 * V codes, a group or a part of one, goes to 16 lanes of 32 bits, V consecutive codes in each; vector j of
+// the unit holds code j of every lane. The order of columns within a unit is therefore column(j, lane): activations are
+// brought into it once per call, so that no shuffle is needed to undo it. What a group's scale and bias make of a code, w = scale * code + bias, is
+// rounded once: nothing large cancels in a product, whatever scale and bias are.
 #pragma once
 
 #include <immintrin.h>
@@ -10,121 +15,15 @@
 namespace isomorph {
 namespace {
 
-inline __m512i load_bytes(const uint8_t* p, int count) {  // never reads past count: the stream may end a mapping
+inline __mmask16 first_lanes(int64_t count) { return __mmask16(count >= 16 ? 0xffff : (1u << count) - 1); }
+
+// Never reads past count: the stream may end a mapping.
+inline __m512i load_bytes(const uint8_t* p, int64_t count) {
   return _mm512_maskz_loadu_epi8(count >= 64 ? ~__mmask64(0) : (__mmask64(1) << count) - 1, p);
 }
 
-// bfloat16 of (code - zero) for every zero point; entry 0 of the e2m1 set holds the fp4 elements.
-template <int bits>
-struct CentredTables {
-  static constexpr int width = bits == 6 ? 64 : 32;  // vpermw reads five index bits and ignores what lies above
-  alignas(64) uint16_t entries[1 << bits][width];
-  alignas(64) uint16_t elements[width];
-  CentredTables() {
-    constexpr int mask = (1 << bits) - 1;
-    for (int zero = 0; zero <= mask; ++zero)
-      for (int i = 0; i < width; ++i) entries[zero][i] = to_bfloat16(float((i & mask) - zero));
-    for (int i = 0; i < width; ++i) elements[i] = to_bfloat16(from_e2m1(uint8_t(i & 15)));
-  }
-};
-
-template <>
-struct CentredTables<8> {  // 8-bit codes are converted by arithmetic
-  static constexpr int width = 1;
-  uint16_t entries[1][1] = {};
-  uint16_t elements[1] = {};
-};
-
-template <int bits>
-const CentredTables<bits>& centred_tables() {
-  static const CentredTables<bits> tables{};
-  return tables;
-}
-
-// 32 codes -> 32 bfloat16. The two bytes that hold a code go to its 16-bit lane, a shift brings the code to bit 0, and a
-// table looks up the low bits.
-template <int bits>
-struct Decode32 {
-  struct Lanes {
-    alignas(64) uint8_t gather[64];
-    alignas(64) uint16_t shift[32];
-    constexpr Lanes() : gather(), shift() {
-      for (int i = 0; i < 32; ++i) {
-        gather[2 * i] = uint8_t(i * bits / 8);
-        gather[2 * i + 1] = uint8_t(i * bits / 8 + 1);  // past the last byte only where its bits are not used
-        shift[i] = uint16_t(i * bits % 8);
-      }
-    }
-  };
-  static constexpr Lanes lanes{};
-  __m512i gather = _mm512_load_si512(lanes.gather), shift = _mm512_load_si512(lanes.shift);
-
-  static __m512i load(const uint8_t* p) {
-    if constexpr (bits == 4) return _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    if constexpr (bits == 2) return _mm512_castsi128_si512(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-    return load_bytes(p, 4 * bits);
-  }
-  __m512bh operator()(const uint8_t* p, const uint16_t* table) const {
-    __m512i codes = _mm512_srlv_epi16(_mm512_permutexvar_epi8(gather, load(p)), shift);
-    __m512i out;
-    if constexpr (bits == 6) out = _mm512_permutex2var_epi16(_mm512_load_si512(table), codes, _mm512_load_si512(table + 32));
-    else out = _mm512_permutexvar_epi16(codes, _mm512_load_si512(table));
-    return (__m512bh)out;
-  }
-};
-
-template <>
-struct Decode32<8> {
-  __m512bh operator()(const uint8_t* p, float zero) const {
-    __m512 centre = _mm512_set1_ps(zero);
-    __m512i low = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    __m512i high = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16)));
-    return _mm512_cvtne2ps_pbh(_mm512_sub_ps(_mm512_cvtepi32_ps(high), centre),
-                               _mm512_sub_ps(_mm512_cvtepi32_ps(low), centre));
-  }
-};
-
-// 64 codes -> 64 bytes in order: vpmultishiftqb takes eight codes out of each 64-bit lane.
-template <int bits>
-struct Decode64 {
-  struct Lanes {
-    alignas(64) uint8_t gather[64];
-    alignas(64) uint8_t shifts[64];
-    alignas(64) uint8_t elements[64];
-    constexpr Lanes() : gather(), shifts(), elements() {
-      constexpr int twice[8] = {0, 1, 2, 3, 4, 6, 8, 12};
-      for (int i = 0; i < 64; ++i) {
-        gather[i] = uint8_t(i / 8 * bits + (i % 8 < bits ? i % 8 : bits - 1));
-        shifts[i] = uint8_t(i % 8 * bits);
-        elements[i] = uint8_t(12 + (i & 8 ? -twice[i & 7] : twice[i & 7]));
-      }
-    }
-  };
-  static constexpr Lanes lanes{};
-  __m512i gather = _mm512_load_si512(lanes.gather), shifts = _mm512_load_si512(lanes.shifts);
-  __m512i elements = _mm512_load_si512(lanes.elements), mask = _mm512_set1_epi8(char((1 << bits) - 1));
-
-  static __m512i load(const uint8_t* p) {
-    if constexpr (bits == 4) return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    if constexpr (bits == 2) return _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    return load_bytes(p, 8 * bits);
-  }
-  template <bool fp4>
-  __m512i decode(__m512i data) const {
-    if constexpr (bits == 8) return data;
-    data = _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(gather, data)), mask);
-    if constexpr (fp4) data = _mm512_permutexvar_epi8(data, elements);  // 2 * element + 12: 0..24
-    return data;
-  }
-  template <bool fp4>
-  __m512i take(const uint8_t* p) const {
-    return decode<fp4>(load(p));
-  }
-  template <bool fp4>
-  __m512i take_half(const uint8_t* p) const {  // the last 32 codes of a row
-    return decode<fp4>(load_bytes(p, 4 * bits));
-  }
-};
+inline __m128i load_16(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+inline __m256i load_32(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 
 inline __m512 load_floats(Type type, const void* data, int64_t index, __mmask16 mask) {
   if (type == Type::float32) return _mm512_maskz_loadu_ps(mask, static_cast<const char*>(data) + 4 * index);
@@ -141,21 +40,173 @@ inline __m512 load_e8m0(const void* data, int64_t index, __mmask16 mask) {
   return _mm512_castsi512_ps(value);
 }
 
-struct GroupTerms {
-  __m512 scale, rest;  // w = scale * (code - zero) + rest
-  __m512 zero;
+// e4m3 is float16 with an exponent bit less, so a shift makes it float16 / 256, subnormals included.
+inline __m512 from_e4m3_16(__m128i codes) {
+  __m256i half = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7), _mm256_set1_epi16(int16_t(0xbf80)));
+  __m512 value = _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.f));
+  __mmask16 nan = _mm_cmpeq_epi8_mask(_mm_or_si128(codes, _mm_set1_epi8(char(0x80))), _mm_set1_epi8(char(0xff)));
+  return _mm512_mask_mov_ps(value, nan, _mm512_set1_ps(std::numeric_limits<float>::quiet_NaN()));
+}
+
+// Scales and biases of up to 16 groups, the first of which is `index`.
+inline __m512 load_scales(const Weights& w, int64_t index, __mmask16 mask) {
+  if (w.mode == Mode::affine) return load_floats(w.scale_type, w.scales, index, mask);
+  if (w.mode != Mode::nvfp4) return load_e8m0(w.scales, index, mask);
+  return from_e4m3_16(_mm_maskz_loadu_epi8(mask, static_cast<const uint8_t*>(w.scales) + index));
+}
+
+inline __m512 load_biases(const Weights& w, int64_t index, __mmask16 mask) {
+  return w.mode == Mode::affine ? load_floats(w.scale_type, w.biases, index, mask) : _mm512_setzero_ps();
+}
+
+// V codes of `bits` bits to each lane of 32 bits; code j is then the low bits of at(lanes, j), with others above it.
+template <int bits, int V>
+struct Lanes {
+  static constexpr int width = bits * V, bytes = 2 * width;
+  struct Tables {
+    alignas(64) uint8_t gather[64];
+    alignas(64) int32_t shift[V][16];
+    constexpr Tables() : gather(), shift() {
+      for (int lane = 0; lane < 16; ++lane) {
+        for (int i = 0; i < 4; ++i) gather[4 * lane + i] = uint8_t((lane * width / 8 + i) % 64);
+        for (int j = 0; j < V; ++j) shift[j][lane] = lane * width % 8 + j * bits;
+      }
+    }
+  };
+  static constexpr Tables tables{};
+
+  static __m512i load(const uint8_t* p) {
+    if constexpr (width == 32) return _mm512_loadu_si512(p);
+    if constexpr (width == 16) return _mm512_cvtepu16_epi32(load_32(p));
+    if constexpr (width == 8) return _mm512_cvtepu8_epi32(load_16(p));
+    return _mm512_permutexvar_epi8(_mm512_load_si512(tables.gather), load_bytes(p, bytes));
+  }
+  static __m512i at(__m512i lanes, int j) {
+    if constexpr (width % 8 == 0) return j ? _mm512_srli_epi32(lanes, unsigned(j * bits)) : lanes;
+    return _mm512_srlv_epi32(lanes, _mm512_load_si512(tables.shift[j]));
+  }
 };
 
-inline GroupTerms group_terms(const Weights& w, int64_t index, __mmask16 mask) {
-  if (w.mode != Mode::affine) return {load_e8m0(w.scales, index, mask), _mm512_setzero_ps(), _mm512_setzero_ps()};
-  __m512 scale = load_floats(w.scale_type, w.scales, index, mask);
-  __m512 bias = load_floats(w.scale_type, w.biases, index, mask);
-  __m512 largest = _mm512_set1_ps(float((1 << w.bits) - 1));
-  // The reciprocal's 14 bits are enough: any code near w = 0 serves as zero point.
-  __m512 ratio = _mm512_mul_ps(_mm512_sub_ps(_mm512_setzero_ps(), bias), _mm512_rcp14_ps(scale));
-  __m512 zero = _mm512_roundscale_ps(ratio, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  zero = _mm512_max_ps(_mm512_min_ps(zero, largest), _mm512_setzero_ps());  // a NaN becomes `largest`
-  return {scale, _mm512_fmadd_ps(scale, zero, bias), zero};
+// What decoders of affine and fp4 weights share: a unit is a group of 32 or 64, or half a group of 128.
+template <int bits, int group>
+struct Unit {
+  static constexpr int vectors = group / 16, unit = group, groups = 1;
+  using Lanes = isomorph::Lanes<bits, vectors>;
+  using Codes = __m512i;
+  static constexpr int bytes = Lanes::bytes;
+  static constexpr int column(int j, int lane) { return vectors * lane + j; }
+  static Codes load(const uint8_t* p, int64_t) { return Lanes::load(p); }
+};
+
+// Up to four bits: a group's 16 possible weights are a register, which a code indexes with its low four bits.
+template <int bits, int group, bool fp4 = false>
+struct TableWeights : Unit<bits, group> {
+  using Lanes = typename Unit<bits, group>::Lanes;
+  using Terms = __m512;
+
+  __m512 elements;
+  TableWeights() {
+    float values[16];
+    for (int i = 0; i < 16; ++i) values[i] = fp4 ? from_e2m1(uint8_t(i)) : float(i & ((1 << bits) - 1));
+    elements = _mm512_loadu_ps(values);
+  }
+  Terms terms(const float* scale, const float* bias) const {
+    return _mm512_fmadd_ps(_mm512_set1_ps(*scale), elements, _mm512_set1_ps(*bias));
+  }
+  __m512 weight(__m512i codes, int j, Terms table) const {
+    return _mm512_permutexvar_ps(Lanes::at(codes, j), table);
+  }
+};
+
+// Five bits: a table of two registers.
+template <int group>
+struct TwoTableWeights : Unit<5, group> {
+  using Lanes = typename Unit<5, group>::Lanes;
+  struct Terms {
+    __m512 low, high;
+  };
+
+  __m512 first = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  Terms terms(const float* scale, const float* bias) const {
+    const __m512 s = _mm512_set1_ps(*scale), b = _mm512_set1_ps(*bias);
+    return {_mm512_fmadd_ps(s, first, b), _mm512_fmadd_ps(s, _mm512_add_ps(first, _mm512_set1_ps(16)), b)};
+  }
+  __m512 weight(__m512i codes, int j, const Terms& table) const {
+    return _mm512_permutex2var_ps(table.low, Lanes::at(codes, j), table.high);
+  }
+};
+
+// Six and eight bits: by arithmetic.
+template <int bits, int group>
+struct ComputedWeights : Unit<bits, group> {
+  using Lanes = typename Unit<bits, group>::Lanes;
+  struct Terms {
+    __m512 scale, bias;
+  };
+
+  static Terms terms(const float* scale, const float* bias) { return {_mm512_set1_ps(*scale), _mm512_set1_ps(*bias)}; }
+  static __m512 weight(__m512i codes, int j, const Terms& t) {
+    __m512i code = Lanes::at(codes, j);
+    if (bits * (j + 1) != 32) code = _mm512_and_si512(code, _mm512_set1_epi32((1 << bits) - 1));
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(code), t.scale, t.bias);
+  }
+};
+
+// fp4 elements in groups of 16: a unit is two groups, the second of which may be missing at the end of a row.
+struct Nvfp4Weights {
+  static constexpr int vectors = 2, unit = 32, bytes = 16, groups = 2;
+  using Codes = __m512i;
+  using Terms = __m512;
+  static constexpr int column(int j, int lane) { return 2 * lane + j; }
+
+  __m512 elements = TableWeights<4, 32, true>().elements;
+  __m512i halves = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+  static Codes load(const uint8_t* p, int64_t left) {
+    return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first_lanes(left / 2), p));
+  }
+  Terms terms(const float* scale, const float*) const {
+    return _mm512_permutexvar_ps(halves, _mm512_castps128_ps512(_mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(scale)))));
+  }
+  __m512 weight(__m512i codes, int j, Terms scale) const {
+    return _mm512_mul_ps(_mm512_permutexvar_ps(Lanes<4, 2>::at(codes, j), elements), scale);
+  }
+};
+
+struct Mxfp8Weights {
+  static constexpr int vectors = 2, unit = 32, bytes = 32, groups = 1;
+  struct Codes {
+    __m128i half[2];
+  };
+  using Terms = __m512;
+  static constexpr int column(int j, int lane) { return 16 * j + lane; }
+
+  static Codes load(const uint8_t* p, int64_t) { return {load_16(p), load_16(p + 16)}; }
+  static Terms terms(const float* scale, const float*) { return _mm512_set1_ps(*scale); }
+  static __m512 weight(const Codes& codes, int j, Terms scale) { return _mm512_mul_ps(from_e4m3_16(codes.half[j]), scale); }
+};
+
+// Calls f(decoder) with what reads w.
+template <int group, class F>
+void with_affine(int bits, const F& f) {
+  switch (bits) {
+    case 2: return f(TableWeights<2, group>());
+    case 3: return f(TableWeights<3, group>());
+    case 4: return f(TableWeights<4, group>());
+    case 5: return f(TwoTableWeights<group>());
+    case 6: return f(ComputedWeights<6, group>());
+    default: return f(ComputedWeights<8, group>());
+  }
+}
+
+template <class F>
+void with_decoder(const Weights& w, const F& f) {
+  switch (w.mode) {
+    case Mode::mxfp4: return f(TableWeights<4, 32, true>());
+    case Mode::mxfp8: return f(Mxfp8Weights());
+    case Mode::nvfp4: return f(Nvfp4Weights());
+    default: break;
+  }
+  return w.group == 32 ? with_affine<32>(w.bits, f) : with_affine<64>(w.bits, f);
 }
 
 }  // namespace

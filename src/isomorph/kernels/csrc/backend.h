@@ -22,6 +22,8 @@ struct Backend {
   void (*multiply_bfloat16)(const void* w, int64_t n, int64_t k, const Rows& rows);
   // out[i] = dequantized row indices[i] of w (rows 0..count-1 when indices is null), contiguous; one rounding to `type`.
   void (*dequantize)(const Weights& w, const int64_t* indices, int64_t count, void* out, Type type);
+  // Reads `bytes` at p once, as fast as memory gives them; returns something of them.
+  uint64_t (*read)(const uint8_t* p, int64_t bytes);
   // True when products of many rows have a tiled path of their own; otherwise callers dequantize and use a GEMM.
   bool wide;
 };

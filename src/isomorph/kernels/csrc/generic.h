@@ -231,5 +231,21 @@ void dequantize(const Weights& w, const int64_t* indices, int64_t count, void* o
   });
 }
 
+// Four streams, each fetched ahead: what the products themselves do, with nothing else to do.
+inline uint64_t read(const uint8_t* p, int64_t bytes) {
+  constexpr int kStreams = 4, kLine = 8;  // 64-bit words
+  const int64_t apart = bytes / kStreams / 512 * 64;
+  const auto* words = reinterpret_cast<const uint64_t*>(p);
+  uint64_t seen[kLine] = {};
+  for (int64_t i = 0; i < apart; i += kLine)
+    for (int s = 0; s < kStreams; ++s) {
+      __builtin_prefetch(words + s * apart + i + 256);
+      for (int j = 0; j < kLine; ++j) seen[j] |= words[s * apart + i + j];
+    }
+  uint64_t all = 0;
+  for (uint64_t word : seen) all ^= word;
+  return all;
+}
+
 }  // namespace
 }  // namespace isomorph

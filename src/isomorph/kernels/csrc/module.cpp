@@ -130,14 +130,11 @@ double read_bandwidth(uintptr_t data, int64_t bytes) {
   nb::gil_scoped_release release;
   std::atomic<uint64_t> sink{0};
   auto start = std::chrono::steady_clock::now();
-  parallel(bytes / 65536, 1, [&](int64_t begin, int64_t end) {
-    const auto* p = reinterpret_cast<const uint64_t*>(data) + begin * 8192;
-    uint64_t sums[32] = {};
-    for (int64_t i = 0; i < (end - begin) * 8192; i += 32)
-      for (int j = 0; j < 32; ++j) sums[j] += p[i + j];
-    for (uint64_t sum : sums) sink += sum;
+  constexpr int64_t kBlock = 1 << 18;
+  parallel(bytes / kBlock, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) sink ^= backend().read(reinterpret_cast<const uint8_t*>(data) + i * kBlock, kBlock);
   });
-  return double(bytes) / std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / 1e9;
+  return double(bytes / kBlock * kBlock) / std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / 1e9;
 }
 
 View view(uintptr_t data, int type, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {

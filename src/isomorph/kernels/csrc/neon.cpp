@@ -52,7 +52,7 @@ struct Neon {
 }  // namespace
 
 const Backend* neon_backend() {
-  static const Backend backend{"neon", multiply<Neon>, multiply_bfloat16<Neon>, dequantize<Neon>, false};
+  static const Backend backend{"neon", multiply<Neon>, multiply_bfloat16<Neon>, dequantize<Neon>, read, false};
   return &backend;
 }
 

@@ -49,7 +49,7 @@ struct Plain {
 }  // namespace
 
 const Backend* portable_backend() {
-  static const Backend backend{"portable", multiply<Plain>, multiply_bfloat16<Plain>, dequantize<Plain>, false};
+  static const Backend backend{"portable", multiply<Plain>, multiply_bfloat16<Plain>, dequantize<Plain>, read, false};
   return &backend;
 }
 

@@ -1,0 +1,177 @@
+// A few rows with int8 activations: codes stay bytes, vpdpbusd multiplies 64 of them with 64 activations.
+#pragma once
+
+#include "activations.h"
+#include "avx512_exact.h"
+
+namespace isomorph {
+namespace {
+
+// 64 codes -> 64 bytes in order. fp4 elements are doubled and raised to 0..24.
+template <int bits, bool fp4 = false>
+struct CodeBytes {
+  static constexpr int bytes = 8 * bits;
+  struct Tables {
+    alignas(64) uint8_t gather[64];
+    alignas(64) uint8_t shifts[64];
+    alignas(64) uint8_t elements[64];
+    constexpr Tables() : gather(), shifts(), elements() {
+      constexpr int twice[8] = {0, 1, 2, 3, 4, 6, 8, 12};
+      for (int i = 0; i < 64; ++i) {
+        gather[i] = uint8_t(i / 8 * bits + (i % 8 < bits ? i % 8 : bits - 1));
+        shifts[i] = uint8_t(i % 8 * bits);
+        elements[i] = uint8_t(12 + (i & 8 ? -twice[i & 7] : twice[i & 7]));
+      }
+    }
+  };
+  static constexpr Tables tables{};
+
+  // `left` codes remain in the row: 32 of them at the end of a row of odd groups of 32.
+  static __m512i load(const uint8_t* p, int64_t left) {
+    const int64_t there = left >= 64 ? bytes : bytes / 2;
+    if constexpr (bits == 8) return load_bytes(p, there);
+    const __m512i mask = _mm512_set1_epi8(char((1 << bits) - 1));
+    if constexpr (bits == 4) {
+      const __m256i data = left >= 64 ? load_32(p) : _mm256_castsi128_si256(load_16(p));
+      const __m512i words = _mm512_cvtepu8_epi16(data);
+      // (words | words << 4) & mask
+      const __m512i codes = _mm512_ternarylogic_epi32(words, _mm512_slli_epi16(words, 4), mask, 0xa8);
+      return fp4 ? _mm512_shuffle_epi8(_mm512_load_si512(tables.elements), codes) : codes;
+    }
+    const __m512i data = _mm512_permutexvar_epi8(_mm512_load_si512(tables.gather), load_bytes(p, there));
+    return _mm512_and_si512(_mm512_multishift_epi64_epi8(_mm512_load_si512(tables.shifts), data), mask);
+  }
+};
+
+// What multiplies the sums of codes: an fp4 weight is scale * (code - 12) / 2.
+inline void fast_terms(const Weights& w, int64_t index, __mmask16 mask, __m512& scale, __m512& bias) {
+  scale = _mm512_maskz_mov_ps(mask, load_scales(w, index, mask)), bias = load_biases(w, index, mask);
+  if (w.mode == Mode::affine) return;
+  bias = _mm512_mul_ps(scale, _mm512_set1_ps(-6.f));
+  scale = _mm512_mul_ps(scale, _mm512_set1_ps(0.5f));
+}
+
+// code_rows of activations.h, sixteen values at a time.
+inline CodedRows code_rows_512(const Rows& rows, int64_t k, int group) {
+  const int64_t groups = k / group;
+  const CodedRows out = coded_memory(rows.count, k, groups);
+  parallel(rows.count, std::max<int64_t>(1, 32768 / (k + 1)), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m)
+      for (int64_t g = 0; g < groups; ++g) {
+        __m512 value[8], largest = _mm512_setzero_ps(), check = _mm512_setzero_ps();
+        const int parts = group / 16;
+        for (int i = 0; i < parts; ++i) {
+          value[i] = load_floats(rows.x_type, rows.x[m], g * group + 16 * i, 0xffff);
+          largest = _mm512_max_ps(largest, _mm512_abs_ps(value[i]));
+          check = _mm512_add_ps(check, _mm512_sub_ps(value[i], value[i]));  // 0, or NaN from NaN and infinities
+        }
+        const float top = _mm512_reduce_max_ps(largest);
+        const bool finite = _mm512_cmp_ps_mask(check, check, _CMP_UNORD_Q) == 0;
+        const __m512 inverse = _mm512_set1_ps(finite && top > 1e-36f ? 127.f / top : 0.f);
+        __m512i total = _mm512_setzero_si512();
+        for (int i = 0; i < parts; ++i) {
+          const __m512i code = finite ? _mm512_cvtps_epi32(_mm512_mul_ps(value[i], inverse)) : _mm512_setzero_si512();
+          total = _mm512_add_epi32(total, code);
+          int8_t* to = out.codes + m * out.stride + g * group + 16 * i;
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(code));
+        }
+        const float scale = finite ? top / 127.f : std::numeric_limits<float>::quiet_NaN();  // so that it shows
+        out.scales[m * groups + g] = scale;
+        out.sums[m * groups + g] = scale * float(_mm512_reduce_add_epi32(total));
+      }
+  });
+  return out;
+}
+
+// Weight rows n times activation rows m0..m0+M-1. A vector of 64 codes is two groups of 32, one of 64 or half of 128.
+template <class Codes, int group, int M>
+__attribute__((noinline)) void fast_block(const Weights& w, RowSet n, const CodedRows& x, int64_t m0, const Rows& rows) {
+  constexpr bool halves = group == 32;
+  const int64_t groups = w.groups();
+  const __m512i spread = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+  __m512 total[kStreams][M];
+  const uint8_t* code[kStreams];
+  for (int r = 0; r < kStreams; ++r) {
+    code[r] = w.row(n[r]);
+    for (int m = 0; m < M; ++m) total[r][m] = _mm512_setzero_ps();
+  }
+  alignas(64) float scale[kStreams][M][16];
+  const int8_t* from = x.codes + m0 * x.stride;
+  int64_t left = w.columns;
+  for (int64_t first = 0; first < groups; first += 16) {
+    const int count = int(std::min<int64_t>(16, groups - first));
+    const __mmask16 mask = first_lanes(count);
+    for (int r = 0; r < kStreams; ++r) {
+      __m512 s, b;
+      fast_terms(w, n[r] * groups + first, mask, s, b);
+      for (int m = 0; m < M; ++m) {
+        const int64_t at = (m0 + m) * groups + first;
+        _mm512_store_ps(scale[r][m], _mm512_mul_ps(s, _mm512_maskz_loadu_ps(mask, x.scales + at)));
+        total[r][m] = _mm512_fmadd_ps(b, _mm512_maskz_loadu_ps(mask, x.sums + at), total[r][m]);
+      }
+    }
+    for (int g = 0; g < count; g += halves ? 2 : 1) {
+      __m512i dot[kStreams][M];
+      for (int r = 0; r < kStreams; ++r)
+        for (int m = 0; m < M; ++m) dot[r][m] = _mm512_setzero_si512();
+      for (int v = 0; v < std::max(1, group / 64); ++v, left -= 64, from += 64) {
+        __m512i codes[kStreams];
+#pragma GCC unroll 4
+        for (int r = 0; r < kStreams; ++r) {
+          prefetch(code[r], kAhead);
+          codes[r] = Codes::load(code[r], halves ? left : 64);
+          code[r] += Codes::bytes;
+        }
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) {
+          const __m512i value = _mm512_loadu_si512(from + m * x.stride);
+#pragma GCC unroll 4
+          for (int r = 0; r < kStreams; ++r) dot[r][m] = _mm512_dpbusd_epi32(dot[r][m], codes[r], value);
+        }
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < kStreams; ++r)
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) {
+          __m512 factor = _mm512_set1_ps(scale[r][m][g]);
+          if constexpr (halves) factor = _mm512_permutexvar_ps(spread, _mm512_castps128_ps512(_mm_loadu_ps(&scale[r][m][g])));
+          total[r][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[r][m]), factor, total[r][m]);
+        }
+    }
+  }
+  store_sums<M>(total, rows, n, m0);
+}
+
+// Calls f(codes, group) with what reads w, group being a compile-time constant.
+template <class F>
+void with_codes(const Weights& w, const F& f) {
+  using std::integral_constant;
+  if (w.mode != Mode::affine) return f(CodeBytes<4, true>(), integral_constant<int, 32>());
+  auto with_group = [&](auto codes) {
+    switch (w.group) {
+      case 32: return f(codes, integral_constant<int, 32>());
+      case 64: return f(codes, integral_constant<int, 64>());
+      default: return f(codes, integral_constant<int, 128>());
+    }
+  };
+  switch (w.bits) {
+    case 2: return with_group(CodeBytes<2>());
+    case 3: return with_group(CodeBytes<3>());
+    case 4: return with_group(CodeBytes<4>());
+    case 5: return with_group(CodeBytes<5>());
+    case 6: return with_group(CodeBytes<6>());
+    default: return with_group(CodeBytes<8>());
+  }
+}
+
+void few_fast(const Weights& w, const Rows& rows) {
+  const CodedRows x = code_rows_512(rows, w.columns, w.group);
+  with_codes(w, [&](auto codes, auto group) {
+    for_blocks(w.rows, w.row_bytes(), rows.count, [&](RowSet n, int64_t m, auto M) {
+      fast_block<decltype(codes), group, M>(w, n, x, m, rows);
+    });
+  });
+}
+
+}  // namespace
+}  // namespace isomorph
