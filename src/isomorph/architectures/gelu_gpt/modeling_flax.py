@@ -108,19 +108,22 @@ def ring_write(ring: jax.Array, slots: jax.Array, values: jax.Array) -> jax.Arra
 
 @jax.custom_vjp
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [..., in] @ kernel [in, out]. Its backward pass is written out: left to itself, XLA on a CPU transposes the
-    larger factor while computing it, which takes longer than the product."""
+    """x [..., in] @ kernel [in, out]. Its backward pass is written out: XLA on a CPU transposes one factor of the
+    kernel's gradient while it computes it, which takes longer than the product unless that is the narrower one."""
     return x @ kernel
 
 
 def matmul_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return x @ kernel, (jax.lax.optimization_barrier(x), kernel)
+    return x @ kernel, (x, kernel)
 
 
 def matmul_backward(factors: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = factors
-    gradient = jax.lax.optimization_barrier(gradient)
-    return gradient @ kernel.T, jnp.einsum("...i,...o->io", x, gradient)
+    if kernel.shape[0] <= kernel.shape[1]:
+        d_kernel = jnp.einsum("...i,...o->io", x, gradient)
+    else:
+        d_kernel = jnp.einsum("...o,...i->oi", gradient, x).T
+    return gradient @ kernel.T, d_kernel
 
 
 matmul.defvjp(matmul_forward, matmul_backward)
@@ -164,8 +167,10 @@ def attend(
     back = positions[:, :, None] - key_positions[:, None, :]
     seen = (back >= 0) & (back <= window) & (key_positions >= 0)[:, None, :]  # [B, T, S]
     scores = jnp.einsum("...tk,...sk->...ts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)  # finite: padding sees nothing
-    return nnx.softmax(scores).astype(v.dtype) @ v
+    # No maximum to subtract: normed queries and keys keep scores within QK_SCALE ** 2 * sqrt(K).
+    odds = jnp.exp(scores + jnp.where(seen, 0.0, -jnp.inf)[:, None, None])  # [B, G, H/G, T, S]
+    total = jnp.maximum(odds.sum(axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)  # padding sees nothing
+    return ((odds.astype(v.dtype) @ v) / total).astype(v.dtype)
 
 
 def attend_in_blocks(
@@ -211,12 +216,12 @@ def _cross_entropy(x: jax.Array, targets: jax.Array, weight: jax.Array, vocab_si
 def _cross_entropy_forward(x: jax.Array, targets: jax.Array, weight: jax.Array, vocab_size: int) -> tuple[Any, Any]:
     def add(carry: Any, part: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
         loss, d_logits = _part_of_cross_entropy(part[0], part[1], weight, vocab_size)
-        d_logits = jax.lax.optimization_barrier(d_logits.astype(weight.dtype))
-        d_weight = jnp.einsum("btv,btd->vd", d_logits, part[0], preferred_element_type=jnp.float32)
+        d_logits = d_logits.astype(weight.dtype)
+        d_weight = jnp.einsum("btd,btv->dv", part[0], d_logits, preferred_element_type=jnp.float32)
         return (carry[0] + loss, carry[1] + d_weight), d_logits @ weight
 
-    (loss, d_weight), d_x = jax.lax.scan(add, (jnp.zeros(()), jnp.zeros(weight.shape)), (x, targets))
-    return loss, (d_x, d_weight.astype(weight.dtype))
+    (loss, d_weight), d_x = jax.lax.scan(add, (jnp.zeros(()), jnp.zeros(weight.T.shape)), (x, targets))
+    return loss, (d_x, d_weight.T.astype(weight.dtype))
 
 
 def _cross_entropy_backward(_: int, gradients: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[Any, ...]:
@@ -362,7 +367,9 @@ class GeluGPTModel(nnx.Module):
                 rngs=rngs,
             )
 
-        self.wte = embedding(config.n_embd, nnx.initializers.normal(0.8))
+        # Normed as input, so its scale is free: as a tied head it starts from odds of about one (nanochat's own: 0.8).
+        spread = config.n_embd**-0.5 if config.tie_embeddings else 0.8
+        self.wte = embedding(config.n_embd, nnx.initializers.normal(spread))
         self.blocks = nnx.List([Block(config, layer, dtype, param_dtype, rngs) for layer in range(layers)])
         self.value_embeds = nnx.Dict(
             {
