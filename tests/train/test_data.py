@@ -9,12 +9,18 @@ import pytest
 
 from isomorph.errors import InputError
 from isomorph.train.conversations import ChatIds, conversations, mixed, questions_and_answers
-from isomorph.train.data import text_files, tokenize, unwrapped, windows
-from isomorph.train.vocabulary import load_encoding
+from isomorph.train.data import text_files, tokenize, unwrapped, wikitext, windows
+from isomorph.train.vocabulary import Vocabulary, load_encoding, tiktoken_vocabulary
 
 from .conftest import CATECHISM, SHAPE
 
 END_OF_TEXT = SHAPE["vocab_size"] - 5
+
+
+def loaded(path: Path, vocab_size: int = SHAPE["vocab_size"]) -> Vocabulary:
+    return tiktoken_vocabulary(path, END_OF_TEXT, vocab_size)
+
+
 MARKS = ChatIds(end=END_OF_TEXT + 1, user=END_OF_TEXT + 2, assistant=END_OF_TEXT + 3)
 
 
@@ -22,7 +28,7 @@ def test_tokens_are_the_texts_with_separators(books: Path, vocabulary: Path, tmp
     encoding = load_encoding(vocabulary)
     files = text_files([books])
     assert [file.name for file in files] == ["one.txt", "two.txt"]
-    tokens = tokenize(files, encoding, END_OF_TEXT, tmp_path / "tokens.bin")
+    tokens = tokenize(files, loaded(vocabulary), tmp_path / "tokens.bin")
     assert tokens.dtype == np.uint16
     ends = np.flatnonzero(tokens == END_OF_TEXT)
     assert len(ends) == 2
@@ -31,20 +37,19 @@ def test_tokens_are_the_texts_with_separators(books: Path, vocabulary: Path, tmp
 
 
 def test_tokens_are_made_once_and_remade_for_other_texts(books: Path, vocabulary: Path, tmp_path: Path) -> None:
-    encoding = load_encoding(vocabulary)
     target = tmp_path / "tokens.bin"
-    first = tokenize(text_files([books]), encoding, END_OF_TEXT, target)
+    first = tokenize(text_files([books]), loaded(vocabulary), target)
     made = target.stat().st_mtime_ns
-    tokenize(text_files([books]), encoding, END_OF_TEXT, target)
+    tokenize(text_files([books]), loaded(vocabulary), target)
     assert target.stat().st_mtime_ns == made
-    other = tokenize([books / "one.txt"], encoding, END_OF_TEXT, target)
+    other = tokenize([books / "one.txt"], loaded(vocabulary), target)
     assert len(other) < len(first)
 
 
 def test_large_vocabularies_take_four_bytes(books: Path, vocabulary: Path, tmp_path: Path) -> None:
-    tokens = tokenize([books / "one.txt"], load_encoding(vocabulary), 100_000, tmp_path / "tokens.bin")
+    tokens = tokenize([books / "one.txt"], loaded(vocabulary, vocab_size=100_000), tmp_path / "tokens.bin")
     assert tokens.dtype == np.uint32
-    assert tokens[-1] == 100_000
+    assert tokens[-1] == END_OF_TEXT
 
 
 def test_hard_wrapped_paragraphs_become_one_line_each() -> None:
@@ -57,6 +62,14 @@ def test_hard_wrapped_paragraphs_become_one_line_each() -> None:
     assert unwrapped("") == ""
 
 
+def test_articles_of_wikitext() -> None:
+    text = " \n = One = \n \n First . \n = = Section = = \n Second = third . \n \n = Two = \n Fourth . \n"
+    assert wikitext(text) == [
+        " = One = \n\n First . \n\n = = Section = = \n\n Second = third . ",
+        " = Two = \n\n Fourth . ",
+    ]
+
+
 def test_bad_texts_are_refused(tmp_path: Path, vocabulary: Path) -> None:
     with pytest.raises(InputError, match="nothing at"):
         text_files([tmp_path / "missing"])
@@ -64,7 +77,7 @@ def test_bad_texts_are_refused(tmp_path: Path, vocabulary: Path) -> None:
         text_files([tmp_path])
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     with pytest.raises(InputError, match="0xe9"):
-        tokenize([tmp_path / "latin.txt"], load_encoding(vocabulary), END_OF_TEXT, tmp_path / "tokens.bin")
+        tokenize([tmp_path / "latin.txt"], loaded(vocabulary), tmp_path / "tokens.bin")
     with pytest.raises(InputError, match="more text"):
         windows(np.arange(20), batch_size=1, length=16, seed=0)
 
@@ -100,10 +113,10 @@ def test_questions_and_answers_of_both_printed_forms() -> None:
 
 def test_only_answers_and_their_end_count(books: Path, vocabulary: Path) -> None:
     encoding = load_encoding(vocabulary)
-    batch = conversations([books / "questions" / "catechism.txt"], encoding, MARKS, 8, 200, seed=0)(0)
+    batch = conversations([books / "questions" / "catechism.txt"], loaded(vocabulary), MARKS, 8, 200, seed=0)(0)
     two_turns = max(range(8), key=lambda row: int((batch.ids[row] == MARKS.user).sum()))
-    ids, weights = batch.ids[two_turns], batch.weights[two_turns]
-    learned = ids[1:][weights == 1].tolist()
+    ids, counted = batch.ids[two_turns], batch.counted[two_turns]
+    learned = ids[1:][counted].tolist()
     answers = [encoding.encode_ordinary(text) for text in ("A vacuum means an empty space.", "He was a captain.")]
     assert learned == [*answers[0], MARKS.end, *answers[1], MARKS.end]
     assert ids[0] == MARKS.user
@@ -113,7 +126,7 @@ def test_only_answers_and_their_end_count(books: Path, vocabulary: Path) -> None
 
 def test_books_without_questions_are_refused(books: Path, vocabulary: Path) -> None:
     with pytest.raises(InputError, match="questions and answers"):
-        conversations([books / "one.txt"], load_encoding(vocabulary), MARKS, 2, 32, seed=0)
+        conversations([books / "one.txt"], loaded(vocabulary), MARKS, 2, 32, seed=0)
 
 
 def test_mixed_batches_hold_rows_of_both() -> None:
@@ -121,4 +134,4 @@ def test_mixed_batches_hold_rows_of_both() -> None:
     first, second = windows(tokens, 1, 16, seed=0), windows(tokens, 3, 16, seed=1)
     both = mixed(first, second)(5)
     np.testing.assert_array_equal(both.ids, np.concatenate([first(5).ids, second(5).ids]))
-    assert both.weights.shape == (4, 16)
+    assert both.counted.shape == (4, 16)

@@ -135,16 +135,16 @@ def test_another_order_of_the_data_would_show(straight: Path, tmp_path: Path) ->
 
 
 def test_accumulation_gives_the_same_step() -> None:
-    """Parts of a batch, with weights of their own, add up to the whole."""
+    """Parts of a batch, of which not all targets count, add up to the whole."""
     graph, parameters = split(make_model(rngs=nnx.Rngs(0)))
     optimizer = adamw(lambda step: 1e-2, 0.9, 0.95, 0.0, 1.0)
     generator = np.random.default_rng(0)
     ids = generator.integers(0, SHAPE["vocab_size"], (4, 17), dtype=np.int32)
-    weights = generator.integers(0, 2, (4, 16)).astype(np.float32)
+    counted = generator.integers(0, 2, (4, 16)).astype(bool)
     results = []
     for parts in (1, 4):
         fresh = jax.tree.map(jnp.copy, parameters)
-        results.append(make_step(graph, optimizer, parts)(initial_state(fresh, optimizer), ids, weights))
+        results.append(make_step(graph, optimizer, parts)(initial_state(fresh, optimizer), ids, counted))
     (_, loss, norm), (_, loss_in_parts, norm_in_parts) = results
     assert float(loss_in_parts) == pytest.approx(float(loss), rel=1e-6)
     assert float(norm_in_parts) == pytest.approx(float(norm), rel=1e-5)
@@ -191,7 +191,7 @@ from isomorph.train.trainer import train
 
 assert len(jax.devices()) == 8
 settings = Settings(steps=30, **SETTINGS)
-mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
+mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("data", "fsdp", "model"))
 parameters = train(make_model, batches(settings), settings, Path(sys.argv[2]), mesh=mesh)
 kernel = parameters["model.blocks.0.mlp.mlp_gate.kernel"]
 assert kernel.sharding.shard_shape(kernel.shape) == (32, 32), kernel.sharding

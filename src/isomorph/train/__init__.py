@@ -27,48 +27,65 @@ def train(
     *,
     preset: str | None = None,
     architecture: str | None = None,
+    depth: int | None = None,
     config: Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
     chat_settings: Mapping[str, Any] | None = None,
     chat_data: Sequence[str | Path] = (),
     held_out: Sequence[str | Path] = (),
+    form: str = "plain",
     vocabulary: str | Path | None = None,
+    seeds: int = 1,
+    other_seeds: float = 1.0,
+    fsdp: int = 1,
     model_parallel: int = 1,
 ) -> Run:
     """Train a model on the texts of `data` (files, or folders of .txt files) and write it to `out/model`.
 
-    `preset` (pocket) names an architecture, shapes and settings; `architecture`, `config` (keys of config.json),
-    `settings` and `chat_settings` (fields of `Settings`) override parts of it. `chat_data` are books of questions and
-    answers for a second stage in the chat template; `held_out` texts are measured and never trained on. `vocabulary`
-    is a tiktoken vocab.txt; without one it is learned from the texts. Repeating the call goes on where an earlier one
-    stopped. On several devices the batch is split, and every matrix over `model_parallel` of them. Raises InputError.
+    `preset` (pocket) names an architecture, shapes and settings; so does `depth`, from which the recipe of gelu_gpt
+    follows. `architecture`, `config` (keys of config.json), `settings` and `chat_settings` (fields of `Settings`)
+    override parts of it. `chat_data` are books of questions and answers for a second stage in the chat template;
+    `held_out` texts are measured and never trained on; `form` says how texts lie in files. `vocabulary` is a tiktoken
+    vocab.txt (talkie) or a tokenizer.json or its folder; without one it is learned from the texts. With `seeds` above 1
+    more models are trained, for `other_seeds` times the steps, to see the spread. Repeating the call goes on where an
+    earlier one stopped. On several devices every matrix is split over `fsdp` times `model_parallel` of them, and the
+    batch over all but the latter. Raises InputError.
     """
     for package, extra in NEEDED.items():
         if find_spec(package.partition(".")[0]) is None:
             raise InputError(f"expected {package}, which training needs; run: pip install 'isomorph[{extra}]'")
-    from isomorph.train.presets import PRESETS
-    from isomorph.train.run import run
+    from isomorph.train.presets import PRESETS, recipe
+    from isomorph.train.run import Plan, run
     from isomorph.train.settings import Settings
 
     if preset is not None and preset not in PRESETS:
         raise InputError(f"expected a preset of {', '.join(PRESETS)}; found {preset!r}{did_you_mean(preset, PRESETS)}")
+    settings = dict(settings or {})
     base = PRESETS[preset] if preset is not None else None
+    if depth is not None:
+        base = recipe(architecture or "gelu_gpt", depth, config or {}, settings)
     shapes = {**(base.config if base else {}), **(config or {})}
     if not shapes.get("vocab_size"):
-        raise InputError("expected the model's shapes; found no vocab_size; give a preset, or a config with its keys")
-    if base is None and not (settings or {}).get("steps"):
-        raise InputError("expected a number of steps; found none; give steps or a preset")
-    text = replace(base.text if base else Settings(steps=1), **(settings or {}))
-    chat = replace(base.chat if base else replace(text, warmup_steps=30), **(chat_settings or {}))
-    return run(
+        raise InputError(
+            "expected the model's shapes; found no vocab_size; give a preset, a depth, or a config with its keys"
+        )
+    if base is None and not settings.get("steps"):
+        raise InputError("expected a number of steps; found none; give steps, a preset or a depth")
+    text = replace(base.text if base else Settings(steps=1), **settings)
+    chat = replace((base and base.chat) or replace(text, warmup_steps=30), **(chat_settings or {}))
+    plan = Plan(
         architecture or (base.architecture if base else "talkie"),
         shapes,
         text,
-        Path(out),
         [Path(path) for path in data],
         chat=chat if chat_data else None,
         chat_data=[Path(path) for path in chat_data],
         held_out=[Path(path) for path in held_out],
+        form=form,
         vocabulary=Path(vocabulary) if vocabulary is not None else None,
+        seeds=seeds,
+        other_seeds=other_seeds,
+        fsdp=fsdp,
         model_parallel=model_parallel,
     )
+    return run(plan, Path(out))

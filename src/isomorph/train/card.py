@@ -42,6 +42,7 @@ def model_card(
     measured: Mapping[str, float],
     books: Sequence[Mapping[str, str]],
     parameters: int,
+    seeds: Sequence[Mapping[str, float]],
 ) -> str:
     """Markdown. `settings` are the run's, `records` its metrics, `measured` the held-out figures (may be empty)."""
     stages = []

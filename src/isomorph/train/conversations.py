@@ -18,7 +18,7 @@ from isomorph.errors import InputError
 from isomorph.train.data import Batch, Batches, epoch_order, read_text
 
 if TYPE_CHECKING:
-    import tiktoken
+    from isomorph.train.vocabulary import Vocabulary
 
 #: `12. _Q._--text` or `Q. 12. {3} text`, at the start of a line; likewise the answer's mark.
 QUESTION = re.compile(r"^(?:\d+\.\s*_Q\._--|Q\. (?:\d+\. ?)?(?:\{\d+\} ?)?)", re.MULTILINE)
@@ -49,15 +49,15 @@ def questions_and_answers(text: str) -> list[tuple[str, str]]:
 
 
 def conversations(
-    files: Sequence[Path], encoding: tiktoken.Encoding, marks: ChatIds, batch_size: int, length: int, seed: int
+    files: Sequence[Path], vocabulary: Vocabulary, marks: ChatIds, batch_size: int, length: int, seed: int
 ) -> Batches:
     """Rows of `length` targets; each epoch starts one row at every question, in another order.
 
-    Weights are 1 on answers and their `<|end|>`, 0 on questions, marks and the padding after the last whole turn.
+    Answers and their `<|end|>` count; not so questions, marks and the padding after the last whole turn.
     """
     rows: list[tuple[np.ndarray, np.ndarray]] = []
     for file in files:
-        turns = [_turn(turn, encoding, marks) for turn in questions_and_answers(read_text(file))]
+        turns = [_turn(turn, vocabulary, marks) for turn in questions_and_answers(read_text(file))]
         rows += [row for start in range(len(turns)) if (row := _row(turns[start:], length, marks.end)) is not None]
     if not rows:
         raise InputError(
@@ -69,7 +69,7 @@ def conversations(
         for index in range(step * batch_size, (step + 1) * batch_size):
             epoch, place = divmod(index, len(rows))
             chosen.append(rows[epoch_order(seed, epoch, len(rows))[place]])
-        return Batch(np.stack([ids for ids, _ in chosen]), np.stack([weights for _, weights in chosen]))
+        return Batch(np.stack([ids for ids, _ in chosen]), np.stack([counted for _, counted in chosen]))
 
     return batch
 
@@ -79,14 +79,14 @@ def mixed(first: Batches, second: Batches) -> Batches:
 
     def batch(step: int) -> Batch:
         one, other = first(step), second(step)
-        return Batch(np.concatenate([one.ids, other.ids]), np.concatenate([one.weights, other.weights]))
+        return Batch(np.concatenate([one.ids, other.ids]), np.concatenate([one.counted, other.counted]))
 
     return batch
 
 
-def _turn(turn: tuple[str, str], encoding: tiktoken.Encoding, marks: ChatIds) -> tuple[list[int], list[int]]:
+def _turn(turn: tuple[str, str], vocabulary: Vocabulary, marks: ChatIds) -> tuple[list[int], list[int]]:
     """A turn's ids and, for each, whether it is to be learned."""
-    question, answer = (encoding.encode_ordinary(text) for text in turn)
+    question, answer = (vocabulary.encode(text) for text in turn)
     asked = [marks.user, *question, marks.end, marks.assistant]
     return [*asked, *answer, marks.end], [0] * len(asked) + [1] * (len(answer) + 1)
 
@@ -94,7 +94,7 @@ def _turn(turn: tuple[str, str], encoding: tiktoken.Encoding, marks: ChatIds) ->
 def _row(
     turns: Sequence[tuple[list[int], list[int]]], length: int, padding: int
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """As many whole turns as fit: ids [length + 1] and weights of the targets [length]; None when not one fits."""
+    """As many whole turns as fit: ids [length + 1] and which targets count [length]; None when not one fits."""
     ids: list[int] = []
     learned: list[int] = []
     for turn_ids, turn_learned in turns:
@@ -107,5 +107,5 @@ def _row(
     missing = length + 1 - len(ids)
     return (
         np.array(ids + [padding] * missing, np.int32),
-        np.array(learned[1:] + [0] * missing, np.float32),
+        np.array(learned[1:] + [0] * missing, bool),
     )

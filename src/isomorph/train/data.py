@@ -6,6 +6,7 @@ That purity is what makes resuming exact: a run that is killed and started again
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,25 +20,31 @@ import numpy as np
 from isomorph.errors import InputError
 
 if TYPE_CHECKING:
-    import tiktoken
+    from isomorph.train.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
 class Batch:
     """`ids` int32 [B, T + 1]: inputs are all but the last column, targets all but the first.
 
-    `weights` float32 [B, T] says how much each target counts.
+    `counted` bool [B, T] says which targets are learned.
     """
 
     ids: np.ndarray
-    weights: np.ndarray
+    counted: np.ndarray
 
 
 #: A line of a hard-wrapped paragraph, but for its last, has so many characters.
 WRAPPED_COLUMNS = (45, 90)
 
+#: The line that begins an article of WikiText: ` = Title = `, where ` = = Section = = ` begins a section.
+WIKITEXT_TITLE = re.compile(r" = [^=].* = ")
+
 #: step -> Batch
 Batches = Callable[[int], Batch]
+
+#: A file's text -> the texts in it.
+Documents = Callable[[str], list[str]]
 
 
 def text_files(paths: Sequence[Path]) -> list[Path]:
@@ -78,34 +85,57 @@ def unwrapped(text: str) -> str:
     return "".join(joined) + lines[-1]
 
 
-def tokenize(
-    files: Sequence[Path],
-    encoding: tiktoken.Encoding,
-    separator: int,
-    target: Path,
-    prepare: Callable[[str], str] = str,
-) -> np.ndarray:
-    """Write the tokens of `files`, each followed by `separator`, to `target` once; return them memory-mapped, [N].
+def whole(text: str) -> list[str]:
+    """The file is one text."""
+    return [text]
 
-    `prepare` may change a text before.
-    The dtype is uint16 where every id fits, else uint32. A target made of other files or another vocabulary is remade.
+
+def paragraphs(text: str) -> list[str]:
+    """The file is one text, its hard-wrapped lines joined."""
+    return [unwrapped(text)]
+
+
+def wikitext(text: str) -> list[str]:
+    """The articles of a WikiText file: its lines that are not empty, joined by a blank line as when it is evaluated."""
+    articles: list[list[str]] = [[]]
+    for line in text.split("\n"):
+        if WIKITEXT_TITLE.fullmatch(line) and articles[-1]:
+            articles.append([])
+        if line.strip():
+            articles[-1].append(line)
+    return ["\n\n".join(lines) for lines in articles if lines]
+
+
+#: `--format` -> what a file's texts are.
+FORMATS: dict[str, Documents] = {"plain": whole, "wikitext": wikitext}
+
+
+def tokenize(files: Sequence[Path], vocabulary: Vocabulary, target: Path, documents: Documents = whole) -> np.ndarray:
+    """Write the tokens of the texts in `files`, each followed by the separator, to `target` once.
+
+    Returns them memory-mapped, [N], uint16 where every id fits, else uint32. A target made of other files, of another
+    vocabulary or of other `documents` is remade.
     """
-    digest = sha256(repr((sorted(encoding._mergeable_ranks.items()), separator, prepare.__name__)).encode())
+    digest = sha256(f"{vocabulary.digest} {documents.__name__}".encode())
     for file in files:
         digest.update(sha256(file.read_bytes()).digest())
-    dtype = np.uint16 if max(separator, encoding.n_vocab) < 2**16 else np.uint32
-    made_of = {"sha256": digest.hexdigest(), "dtype": np.dtype(dtype).name}
+    dtype = token_dtype(vocabulary)
+    made_of = {"sha256": digest.hexdigest(), "dtype": dtype.name}
     record = target.with_suffix(".json")
     if not (target.is_file() and record.is_file() and json.loads(record.read_text()) == made_of):
         partial = target.with_suffix(".partial")
         with partial.open("wb") as stream:
             for file in files:
-                stream.write(
-                    np.array([*encoding.encode_ordinary(prepare(read_text(file))), separator], dtype).tobytes()
-                )
+                for text in documents(read_text(file)):
+                    stream.write(np.array([*vocabulary.encode(text), vocabulary.separator], dtype).tobytes())
         partial.replace(target)
         record.write_text(json.dumps(made_of))
     return np.memmap(target, dtype=dtype, mode="r")
+
+
+def token_dtype(vocabulary: Vocabulary) -> np.dtype:
+    """The smallest of uint16 and uint32 that holds every id."""
+    return np.dtype(np.uint16 if len(vocabulary.size_bytes) <= 2**16 else np.uint32)
 
 
 def windows(tokens: np.ndarray, batch_size: int, length: int, seed: int) -> Batches:
@@ -121,7 +151,7 @@ def windows(tokens: np.ndarray, batch_size: int, length: int, seed: int) -> Batc
             offset = int(np.random.default_rng((seed, epoch)).integers(length))
             start = offset + int(epoch_order(seed, epoch, count)[place]) * length
             rows.append(tokens[start : start + length + 1])
-        return Batch(np.stack(rows).astype(np.int32), np.ones((batch_size, length), np.float32))
+        return Batch(np.stack(rows).astype(np.int32), np.ones((batch_size, length), bool))
 
     return batch
 

@@ -33,6 +33,7 @@ def export(
     files: Sequence[Path],
     held_out: Sequence[Path],
     evaluate: Callable[[nnx.GraphDef, dict[str, jax.Array]], dict[str, float]] | None,
+    seeds: Sequence[Mapping[str, float]],
 ) -> dict[str, float]:
     """Write `out/model` and return what was measured on it: all held-out text, with the weights rounded as shipped."""
     rounded = {name: value.astype(jnp.bfloat16) for name, value in parameters.items()}
@@ -44,10 +45,13 @@ def export(
     source.mkdir(exist_ok=True)
     save_file(rounded, source / "model.safetensors", metadata={"format": "flax"})
     (source / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    (source / "vocab.txt").write_bytes((out / "vocab.txt").read_bytes())
+    tokenizer = [out / "vocab.txt"] if (out / "vocab.txt").is_file() else sorted((out / "tokenizer").iterdir())
+    for file in tokenizer:
+        (source / file.name).write_bytes(file.read_bytes())
     target = out / "model"
     convert(source, target, to="transformers", force=True)
-    (target / "vocab.txt").write_bytes((out / "vocab.txt").read_bytes())
+    if tokenizer[0].name == "vocab.txt":
+        (target / "vocab.txt").write_bytes(tokenizer[0].read_bytes())
     records = [*read_metrics(out / "text" / "metrics.jsonl"), *read_metrics(out / "chat" / "metrics.jsonl")]
     kept = thinned(records, RECORD_LINES)
     if measured:
@@ -63,7 +67,7 @@ def export(
         writer.writerows(books)
     count = sum(value.size for value in parameters.values())
     settings = json.loads((out / "settings.json").read_text())
-    (target / "README.md").write_text(model_card(settings, records, measured, books, count))
+    (target / "README.md").write_text(model_card(settings, records, measured, books, count, seeds))
     return measured
 
 

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from isomorph.errors import InputError
-from isomorph.train.data import read_text
+from isomorph.train.data import Documents, read_text, whole
 
 if TYPE_CHECKING:
     import jax
-    import tiktoken
     from flax import nnx
+
+    from isomorph.train.vocabulary import Vocabulary
 
 
 class MetricsLog:
@@ -54,7 +55,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def held_out_evaluation(
-    files: Sequence[Path], encoding: tiktoken.Encoding, length: int, rows: int | None = None, batch_size: int = 8
+    files: Sequence[Path],
+    vocabulary: Vocabulary,
+    length: int,
+    documents: Documents = whole,
+    rows: int | None = None,
+    batch_size: int = 8,
 ) -> Callable[[nnx.GraphDef, dict[str, jax.Array]], dict[str, float]]:
     """A measurement of bits per UTF-8 byte: each text is cut into windows of `length` targets without overlap.
 
@@ -62,34 +68,33 @@ def held_out_evaluation(
     contexts give. `rows` evenly spaced windows stand for all of them; None takes them all.
     """
     import jax
-    import jax.numpy as jnp
-    import optax
 
     from isomorph.frameworks.nnx_parameters import merge
+    from isomorph.train.loss import summed_loss
 
-    size = np.array([len(encoding.decode_single_token_bytes(token)) for token in range(encoding.n_vocab)])
     cut: list[np.ndarray] = []
     for file in files:
-        tokens = np.array(encoding.encode_ordinary(read_text(file)), np.int32)
-        cut += [tokens[start : start + length + 1] for start in range(0, len(tokens) - length, length)]
+        for text in documents(read_text(file)):
+            tokens = np.array(vocabulary.encode(text), np.int32)
+            cut += [tokens[start : start + length + 1] for start in range(0, len(tokens) - length, length)]
     if not cut:
         raise InputError(f"expected a held-out text of more than {length} tokens; found none; give a longer one")
     ids = np.stack(cut)
     if rows is not None and rows < len(ids):
         ids = ids[np.linspace(0, len(ids) - 1, rows).round().astype(int)]
-    bytes_total = int(size[ids[:, 1:]].sum())
+    bytes_total = int(vocabulary.size_bytes[ids[:, 1:]].sum())
 
     @partial(jax.jit, static_argnums=0)
-    def nats(graph: nnx.GraphDef, parameters: dict[str, jax.Array], ids: jax.Array) -> jax.Array:
-        logits = merge(graph, parameters)(ids[:, :-1]).astype(jnp.float32)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).sum(axis=1)  # [B]
+    def nats(graph: nnx.GraphDef, parameters: dict[str, jax.Array], ids: jax.Array, counted: jax.Array) -> jax.Array:
+        return summed_loss(merge(graph, parameters), ids, counted)
 
     def evaluate(graph: nnx.GraphDef, parameters: dict[str, jax.Array]) -> dict[str, float]:
         total = 0.0
         for start in range(0, len(ids), batch_size):
             part = ids[start : start + batch_size]
-            # The last part is filled up with its own rows, so that one compiled shape serves all of them.
-            total += float(nats(graph, parameters, np.resize(part, (batch_size, length + 1)))[: len(part)].sum())
+            # The last part is filled up with rows that do not count, so that one compiled shape serves all of them.
+            counted = np.arange(batch_size)[:, None] < np.full(length, len(part))
+            total += float(nats(graph, parameters, np.resize(part, (batch_size, length + 1)), counted))
         return {
             "held_out_bits_per_byte": total / math.log(2) / bytes_total,
             "held_out_nats_per_token": total / (len(ids) * length),
@@ -98,6 +103,15 @@ def held_out_evaluation(
         }
 
     return evaluate
+
+
+def last_losses(folder: Path, seed: int) -> dict[str, float]:
+    """The last smoothed loss, and the last figures on held-out text, that a seed's `metrics.jsonl` has."""
+    found: dict[str, float] = {"seed": seed}
+    for record in read_metrics(folder / "metrics.jsonl"):
+        kept = ("step", "tokens", "smoothed_loss", "held_out_bits_per_byte", "held_out_nats_per_token")
+        found |= {key: record[key] for key in kept if key in record}
+    return found
 
 
 def plot(records: Sequence[dict[str, Any]], path: Path) -> None:

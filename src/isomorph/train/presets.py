@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from isomorph import architectures
+from isomorph.errors import InputError
 from isomorph.train.settings import Settings
 
 
@@ -16,7 +19,60 @@ class Preset:
     architecture: str
     config: Mapping[str, Any]
     text: Settings
-    chat: Settings
+    chat: Settings | None = None
+
+
+#: Chinchilla's ratio of training tokens to parameters, https://arxiv.org/abs/2203.15556.
+TOKENS_PER_PARAMETER = 20
+
+#: Channels of a head, and of the width for each layer: depth 12 is 768 wide (nanochat).
+HEAD_DIM = WIDTH_PER_LAYER = 64
+
+#: Peak learning rate of the published GELU-GPT (mlnomad/gelu-d12-chinchilla-261M).
+PEAK = 0.01
+
+#: Windows a step, and tokens a window.
+RECIPE_BATCH, RECIPE_SEQUENCE = 256, 1024
+
+#: Share of the steps that lead to the peak.
+WARMUP_SHARE = 0.02
+
+
+def recipe(architecture_name: str, depth: int, config: Mapping[str, Any], settings: Mapping[str, Any]) -> Preset:
+    """The published recipe at `depth` layers: shapes, then as many steps as 20 tokens a parameter take.
+
+    `config` and `settings` override parts of it, and the number of steps follows them. Raises InputError.
+    """
+    if architecture_name != "gelu_gpt":
+        raise InputError(f"expected no depth for {architecture_name}: the recipe is gelu_gpt's; give its shapes")
+    if depth < 1:
+        raise InputError(f"expected a depth of at least 1; found {depth}")
+    architecture = architectures.get(architecture_name)
+    assert architecture is not None
+    defaults = Settings(steps=1, batch_size=RECIPE_BATCH, sequence_length=RECIPE_SEQUENCE, learning_rate=PEAK)
+    text = replace(defaults, **settings)
+    width = WIDTH_PER_LAYER * depth
+    heads = width // HEAD_DIM
+    shapes = {
+        "n_layer": depth,
+        "n_embd": width,
+        "n_head": heads,
+        "n_kv_head": heads,
+        "vocab_size": 32768,
+        "sequence_len": text.sequence_length,
+        **config,
+    }
+    try:
+        parsed = architecture.config_class.from_dict(shapes)  # type: ignore[attr-defined]
+    except (TypeError, ValueError) as error:
+        raise InputError(str(error)) from None
+    parameters = sum(math.prod(shape) for shape in architecture.parameters(parsed).values())
+    if "steps" not in settings:
+        tokens_per_step = text.batch_size * text.sequence_length
+        text = replace(text, steps=math.ceil(TOKENS_PER_PARAMETER * parameters / tokens_per_step))
+    if "warmup_steps" not in settings:
+        text = replace(text, warmup_steps=max(1, round(WARMUP_SHARE * text.steps)))
+    return Preset(architecture_name, shapes, text)
 
 
 PRESETS = {

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from hashlib import sha256
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from isomorph import architectures
 from isomorph.architectures.base import Architecture
 from isomorph.errors import InputError, did_you_mean
 from isomorph.train.conversations import ChatIds, conversations, mixed
-from isomorph.train.data import read_text, text_files, tokenize, unwrapped, windows
+from isomorph.train.data import FORMATS, paragraphs, text_files, tokenize, windows
 from isomorph.train.export import export
-from isomorph.train.metrics import held_out_evaluation
+from isomorph.train.metrics import held_out_evaluation, last_losses
 from isomorph.train.settings import Settings
 from isomorph.train.trainer import train
-from isomorph.train.vocabulary import learn_vocabulary, load_encoding, save_vocabulary
+from isomorph.train.vocabulary import END_OF_TEXT, check_vocabulary, prepare_vocabulary, special_tokens
 
 #: Windows that stand for all held-out text while training goes on.
 HELD_OUT_ROWS = 64
@@ -34,7 +36,7 @@ FRESH_ROW_SPREAD = 0.02
 
 @dataclass(frozen=True)
 class Run:
-    """What a run made."""
+    """What a run made. `seeds` has the last losses of every seed, the first of which is the model."""
 
     path: Path
     architecture: str
@@ -44,91 +46,126 @@ class Run:
     chat_steps: int
     held_out_bits_per_byte: float | None
     held_out_nats_per_token: float | None
+    seeds: list[dict[str, float]]
 
 
-def run(
-    architecture_name: str,
-    config: Mapping[str, Any],
-    text: Settings,
-    out: Path,
-    data: Sequence[Path],
-    *,
-    chat: Settings | None = None,
-    chat_data: Sequence[Path] = (),
-    held_out: Sequence[Path] = (),
-    vocabulary: Path | None = None,
-    model_parallel: int = 1,
-) -> Run:
-    """Train `architecture_name` with shapes `config` on the texts of `data` and write `out/model`.
+@dataclass(frozen=True)
+class Plan:
+    """What to train on what, see `isomorph.train.train`. `chat` is None without a second stage."""
 
-    Without a `vocabulary` (a tiktoken `vocab.txt`) one is learned from the texts, of the size that
-    `config["vocab_size"]` leaves beside the special tokens. With `chat_data`, books of questions and answers, a
-    second stage follows, half of whose rows are still text, with lines unwrapped. `held_out` texts are measured, never
-    trained on. A run that was stopped goes on where its last checkpoint is. Raises InputError.
+    architecture: str
+    config: Mapping[str, Any]
+    text: Settings
+    data: Sequence[Path]
+    chat: Settings | None = None
+    chat_data: Sequence[Path] = ()
+    held_out: Sequence[Path] = ()
+    form: str = "plain"
+    vocabulary: Path | None = None
+    seeds: int = 1
+    other_seeds: float = 1.0
+    fsdp: int = 1
+    model_parallel: int = 1
+
+
+def run(plan: Plan, out: Path) -> Run:
+    """Carry out `plan` in the folder `out` and write `out/model`; what an earlier call did is not done again.
+
+    Without a vocabulary one is learned from the texts. A second stage, on books of questions and answers, draws half of
+    its rows from the texts still, with lines unwrapped. Raises InputError.
     """
-    architecture, parsed = _architecture(architecture_name, config)
-    stages = [settings for settings in (text, chat) if settings is not None]
-    longest = max(settings.sequence_length for settings in stages)
-    if longest > parsed.max_position_embeddings:
+    text, chat = plan.text, plan.chat
+    architecture, parsed = _architecture(plan.architecture, plan.config)
+    make_model = model_maker(architecture, parsed, [text] if chat is None else [text, chat])
+    mesh = _mesh(plan)
+    files, chat_files, held_out = (
+        text_files(paths) if paths else [] for paths in (plan.data, plan.chat_data, plan.held_out)
+    )
+    if plan.form not in FORMATS:
         raise InputError(
-            f"expected a sequence length of at most {parsed.max_position_embeddings} (max_position_embeddings); "
-            f"found {longest}"
+            f"expected a format of {', '.join(FORMATS)}; found {plan.form!r}{did_you_mean(plan.form, FORMATS)}"
         )
-    mesh = _mesh(model_parallel, stages)
-    files, chat_files, held_out_files = (text_files(paths) if paths else [] for paths in (data, chat_data, held_out))
-    tokenizer = architecture.module("tokenizer")
-    specials: dict[str, int] = tokenizer.special_tokens(parsed.vocab_size, "instruct")
-    if vocabulary is not None:
-        tokenizer.flavour_of(tokenizer.read_vocabulary(vocabulary), parsed.vocab_size)
+    documents = FORMATS[plan.form]
+    specials = special_tokens(architecture, parsed)
+    if chat is not None and not specials:
+        raise InputError(f"expected an architecture with a chat template for a second stage; found {plan.architecture}")
+    if plan.vocabulary is not None:
+        check_vocabulary(plan.vocabulary, architecture, parsed)
     out.mkdir(parents=True, exist_ok=True)
-    _same_run(
+    same_run(
         out / "settings.json",
         {
-            "architecture": architecture_name,
+            "architecture": plan.architecture,
             "config": parsed.to_dict(),
             "text": asdict(text),
             "chat": asdict(chat) if chat else None,
             "data": digests(files),
             "chat_data": digests(chat_files),
-            "vocabulary": digests([vocabulary] if vocabulary else []),
+            "vocabulary": digests([plan.vocabulary] if plan.vocabulary else []),
+            "form": plan.form,
         },
     )
-    vocab = out / "vocab.txt"
-    if vocabulary is not None:
-        vocab.write_bytes(vocabulary.read_bytes())
-    elif not vocab.is_file():
-        save_vocabulary(learn_vocabulary(map(read_text, files), parsed.vocab_size - len(specials)), vocab)
-    encoding = load_encoding(vocab)
-    tokens = tokenize(files, encoding, specials["<|endoftext|>"], out / "tokens.bin")
-    evaluate_on = partial(held_out_evaluation, held_out_files, encoding, text.sequence_length)
-    make_model = partial(architecture.module("modeling_flax").Model, parsed)
-    train_stage = partial(train, make_model, mesh=mesh, evaluate=evaluate_on(rows=HELD_OUT_ROWS) if held_out else None)
-    batches = windows(tokens, text.batch_size, text.sequence_length, text.seed)
-    parameters = train_stage(batches, text, out / "text", stage="text")
-    if chat is not None and chat_files:
+    vocabulary = prepare_vocabulary(plan.vocabulary, architecture, parsed, files, documents, out)
+    tokens = tokenize(files, vocabulary, out / "tokens.bin", documents)
+    measure = partial(held_out_evaluation, held_out, vocabulary, text.sequence_length, documents)
+    train_stage = partial(train, make_model, mesh=mesh, evaluate=measure(rows=HELD_OUT_ROWS) if held_out else None)
+
+    def train_text(settings: Settings, folder: Path) -> dict[str, jax.Array]:
+        batches = windows(tokens, settings.batch_size, settings.sequence_length, settings.seed)
+        return train_stage(batches, settings, folder, stage="text")
+
+    parameters = train_text(text, out / "text")
+    for number in range(1, plan.seeds):
+        steps = max(1, round(text.steps * plan.other_seeds))
+        train_text(replace(text, seed=text.seed + number, steps=steps), out / f"seed{text.seed + number}")
+    if chat is not None:
         rows = max(1, chat.batch_size // 2)
         marks = ChatIds(specials["<|end|>"], specials["<|user|>"], specials["<|assistant|>"])
-        batches = conversations(chat_files, encoding, marks, rows, chat.sequence_length, chat.seed)
+        batches = conversations(chat_files, vocabulary, marks, rows, chat.sequence_length, chat.seed)
         if chat.batch_size > rows:
             # Nobody types hard-wrapped lines: from here on the model shall not break its own.
-            tokens = tokenize(files, encoding, specials["<|endoftext|>"], out / "paragraphs.bin", unwrapped)
+            tokens = tokenize(files, vocabulary, out / "paragraphs.bin", paragraphs)
             batches = mixed(batches, windows(tokens, chat.batch_size - rows, chat.sequence_length, chat.seed))
-        fresh = [identity for name, identity in specials.items() if name != "<|endoftext|>"]
+        fresh = [identity for name, identity in specials.items() if name != END_OF_TEXT]
         start = with_fresh_rows(parameters, parsed.vocab_size, fresh, chat.seed)
         parameters = train_stage(batches, chat, out / "chat", stage="chat", start=start)
-    final = evaluate_on() if held_out else None
-    measured = export(architecture, parsed, parameters, make_model, out, files, held_out_files, final)
-    weights = out / "model" / "model.safetensors"
+    seeds = [last_losses(folder, text.seed + number) for number, folder in enumerate(seed_folders(out, plan))]
+    measured = export(
+        architecture, parsed, parameters, make_model, out, files, held_out, measure() if held_out else None, seeds
+    )
     return Run(
         path=out / "model",
-        architecture=architecture_name,
+        architecture=plan.architecture,
         parameters=sum(value.size for value in parameters.values()),
-        size_bytes=weights.stat().st_size,
+        size_bytes=(out / "model" / "model.safetensors").stat().st_size,
         text_steps=text.steps,
-        chat_steps=chat.steps if chat and chat_files else 0,
+        chat_steps=chat.steps if chat is not None else 0,
         held_out_bits_per_byte=measured.get("held_out_bits_per_byte"),
         held_out_nats_per_token=measured.get("held_out_nats_per_token"),
+        seeds=seeds,
     )
+
+
+def seed_folders(out: Path, plan: Plan) -> list[Path]:
+    """Where each seed's `metrics.jsonl` is; the first is the one that becomes the model."""
+    first = plan.text.seed
+    return [out / "text", *(out / f"seed{first + number}" for number in range(1, plan.seeds))]
+
+
+def model_maker(architecture: Architecture, config: Any, stages: Sequence[Settings]) -> Callable[..., nnx.Module]:
+    """What builds the model, `make(dtype=, rngs=)`. Raises InputError where a stage does not fit it."""
+    longest = max(settings.sequence_length for settings in stages)
+    if longest > config.max_position_embeddings:
+        raise InputError(
+            f"expected a sequence length of at most {config.max_position_embeddings} (max_position_embeddings); "
+            f"found {longest}"
+        )
+    model = architecture.module("modeling_flax").Model
+    if not stages[0].remat:
+        return partial(model, config)
+    if "remat" not in signature(model).parameters:
+        raise InputError(f"expected no remat for {architecture.model_type}, whose Flax model has none; leave it out")
+    return partial(model, config, remat=True)
 
 
 def with_fresh_rows(
@@ -162,22 +199,30 @@ def _architecture(name: str, config: Mapping[str, Any]) -> tuple[Architecture, A
         raise InputError(str(error)) from None
 
 
-def _mesh(model_parallel: int, stages: Sequence[Settings]) -> Mesh | None:
-    """Every device: `model_parallel` of them share a matrix, the rest share the batch. None on one device."""
+def _mesh(plan: Plan) -> Mesh | None:
+    """Every device: `model_parallel` share a matrix's columns, `fsdp` its rows, the rest the batch; None on one."""
     devices = np.array(jax.devices())
-    if model_parallel < 1 or len(devices) % model_parallel:
-        raise InputError(f"expected model_parallel to divide {len(devices)} devices; found {model_parallel}")
-    sharing = len(devices) // model_parallel
-    for settings in stages:
-        if settings.batch_size // settings.accumulate % sharing:
+    for name, count in (("fsdp", plan.fsdp), ("model_parallel", plan.model_parallel)):
+        if count < 1:
+            raise InputError(f"expected {name} of at least 1; found {count}")
+    if len(devices) % (plan.fsdp * plan.model_parallel):
+        raise InputError(
+            f"expected fsdp * model_parallel to divide {len(devices)} devices; "
+            f"found {plan.fsdp} * {plan.model_parallel}"
+        )
+    sharing = len(devices) // plan.model_parallel
+    for settings in (plan.text, plan.chat):
+        if settings is not None and settings.batch_size // settings.accumulate % sharing:
             raise InputError(
                 f"expected a batch_size, divided by accumulate, that divides over {sharing} devices; "
                 f"found {settings.batch_size} and {settings.accumulate}"
             )
-    return Mesh(devices.reshape(-1, model_parallel), ("data", "model")) if len(devices) > 1 else None
+    if len(devices) == 1:
+        return None
+    return Mesh(devices.reshape(-1, plan.fsdp, plan.model_parallel), ("data", "fsdp", "model"))
 
 
-def _same_run(path: Path, settings: dict[str, Any]) -> None:
+def same_run(path: Path, settings: dict[str, Any]) -> None:
     """Keep what a run began with, and refuse to go on with something else."""
     if not path.is_file():
         path.write_text(json.dumps(settings, indent=2) + "\n")

@@ -23,6 +23,7 @@ class Settings:
     clip: float = 1.0
     accumulate: int = 1
     dtype: str = "float32"
+    remat: bool = False
     seed: int = 0
     log_every: int = 10
     evaluate_every: int = 250

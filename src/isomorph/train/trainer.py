@@ -19,6 +19,7 @@ from isomorph.errors import InputError
 from isomorph.frameworks.nnx_parameters import merge, partition_specs, split
 from isomorph.progress import progress
 from isomorph.train.data import Batches
+from isomorph.train.loss import summed_loss
 from isomorph.train.metrics import MetricsLog
 from isomorph.train.optimizer import adamw, warmup_cosine
 from isomorph.train.settings import Settings
@@ -31,23 +32,21 @@ SMOOTHING = 0.98
 
 
 def make_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation, accumulate: int) -> Callable[..., Any]:
-    """The jitted step: (state, ids [B, T + 1], weights [B, T]) -> (state, loss, gradient norm). Donates the state."""
+    """The jitted step: (state, ids [B, T + 1], counted [B, T]) -> (state, loss, gradient norm). Donates the state."""
 
-    def summed_loss(parameters: Parameters, ids: jax.Array, weights: jax.Array) -> jax.Array:
-        logits = merge(graph, parameters)(ids[:, :-1]).astype(jnp.float32)  # [B, T, V]
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:])  # [B, T]
-        return jnp.sum(losses * weights)
+    def loss_of(parameters: Parameters, ids: jax.Array, counted: jax.Array) -> jax.Array:
+        return summed_loss(merge(graph, parameters), ids, counted)
 
-    def step(state: State, ids: jax.Array, weights: jax.Array) -> tuple[State, jax.Array, jax.Array]:
-        parts = (ids.reshape(accumulate, -1, ids.shape[1]), weights.reshape(accumulate, -1, weights.shape[1]))
+    def step(state: State, ids: jax.Array, counted: jax.Array) -> tuple[State, jax.Array, jax.Array]:
+        parts = (ids.reshape(accumulate, -1, ids.shape[1]), counted.reshape(accumulate, -1, counted.shape[1]))
 
         def add(total: Any, part: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(summed_loss)(state["parameters"], *part)), None
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_of)(state["parameters"], *part)), None
 
         nothing = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state["parameters"]))
         (loss, gradients), _ = jax.lax.scan(add, nothing, parts)
         # One mean over all targets of the step, however it was cut into parts.
-        count = jnp.maximum(jnp.sum(weights), 1.0)
+        count = jnp.maximum(jnp.sum(counted), 1)
         loss, gradients = loss / count, jax.tree.map(lambda gradient: gradient / count, gradients)
         updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["parameters"])
         smoothed = jnp.where(state["step"] == 0, loss, SMOOTHING * state["smoothed_loss"] + (1 - SMOOTHING) * loss)
@@ -77,8 +76,8 @@ def train(
 
     `make_model(dtype=, rngs=)` builds the model; `start` replaces its random parameters. `out` gets `checkpoints/` and
     `metrics.jsonl`; when it holds a checkpoint, training goes on from there, step for step as if it had never stopped.
-    `evaluate(graph, parameters)` gives numbers for the log. With a `mesh` of axes ("data", "model") the batch and
-    the matrices are split over its devices.
+    `evaluate(graph, parameters)` gives numbers for the log. With a `mesh` of axes ("data", "fsdp", "model") the
+    batch is split over the first two and the matrices over the last two.
     """
     model = make_model(dtype=jnp.dtype(settings.dtype), rngs=nnx.Rngs(settings.seed))
     graph, parameters = split(model)
@@ -88,7 +87,7 @@ def train(
     if mesh is not None:
         specs = partition_specs(model)
         parameters = jax.device_put(parameters, {name: NamedSharding(mesh, spec) for name, spec in specs.items()})
-        batch_sharding = NamedSharding(mesh, PartitionSpec("data"))
+        batch_sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     schedule = warmup_cosine(
         settings.learning_rate, settings.steps, settings.warmup_steps, settings.final_learning_rate_fraction
     )
@@ -108,8 +107,8 @@ def train(
             advance(first)
             for done in range(first + 1, settings.steps + 1):
                 batch = batches(done - 1)
-                ids, weights = jax.device_put((batch.ids, batch.weights), batch_sharding)
-                state, loss, gradient_norm = step_once(state, ids, weights)
+                ids, counted = jax.device_put((batch.ids, batch.counted), batch_sharding)
+                state, loss, gradient_norm = step_once(state, ids, counted)
                 advance(1)
                 if _due(done, settings.log_every, settings):
                     smoothed = _finite(float(state["smoothed_loss"]), done)

@@ -1,16 +1,155 @@
-"""A byte-level BPE vocabulary in tiktoken's form: one `base64(token) rank` a line, ranks in merge order."""
+"""The vocabulary of a run: given or learned, a byte-level BPE as tiktoken's `vocab.txt` or as `tokenizer.json`."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Iterator
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from isomorph.architectures.talkie.tokenizer import SPLIT, byte_characters, read_vocabulary
+from isomorph.errors import InputError
+from isomorph.tokenizer import FAST, copy_tokenizer, load_tokenizer, own_module
+from isomorph.train.data import Documents, read_text
 
 if TYPE_CHECKING:
     import tiktoken
+
+    from isomorph.architectures.base import Architecture
+
+#: Begins, ends and pads a text in a vocabulary that is learned as `tokenizer.json`.
+END_OF_TEXT = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What turns text into ids. `encode` takes text as plain text; `separator` stands between two texts.
+
+    `size_bytes` int64 [V] is what each id adds to a text, in UTF-8 bytes, 0 for special tokens; `digest` names the
+    vocabulary.
+    """
+
+    encode: Callable[[str], list[int]]
+    separator: int
+    size_bytes: np.ndarray
+    digest: str
+
+
+def special_tokens(architecture: Architecture, config: Any) -> dict[str, int]:
+    """Special token -> id of an architecture whose vocabulary is a tiktoken `vocab.txt`; empty for all others."""
+    own = own_module(architecture)
+    return own.special_tokens(config.vocab_size, "instruct") if hasattr(own, "special_tokens") else {}
+
+
+def check_vocabulary(given: Path, architecture: Architecture, config: Any) -> None:
+    """Raise InputError when `given` (a vocab.txt, tokenizer.json or tokenizer folder) is none for the model."""
+    if special_tokens(architecture, config):
+        own = architecture.module("tokenizer")
+        own.flavour_of(own.read_vocabulary(given), config.vocab_size)
+    else:
+        fast_vocabulary(given, config.vocab_size)
+
+
+def prepare_vocabulary(
+    given: Path | None, architecture: Architecture, config: Any, files: Sequence[Path], documents: Documents, out: Path
+) -> Vocabulary:
+    """The run's vocabulary, in `out/vocab.txt` or `out/tokenizer`: the one `given`, or one learned from the files."""
+    texts = (text for file in files for text in documents(read_text(file)))
+    specials = special_tokens(architecture, config)
+    if specials:
+        target = out / "vocab.txt"
+        if given is not None:
+            target.write_bytes(given.read_bytes())
+        elif not target.is_file():
+            save_vocabulary(learn_vocabulary(texts, config.vocab_size - len(specials)), target)
+        return tiktoken_vocabulary(target, specials[END_OF_TEXT], config.vocab_size)
+    target = out / "tokenizer"
+    if given is not None:
+        target.mkdir(exist_ok=True)
+        copy_tokenizer(given, target, None, config)
+    elif not (target / FAST).is_file():
+        learn_fast(texts, config.vocab_size, target, config.max_position_embeddings)
+    return fast_vocabulary(target, config.vocab_size)
+
+
+def tiktoken_vocabulary(path: Path, separator: int, vocab_size: int) -> Vocabulary:
+    """The vocabulary of a `vocab.txt`, whose special tokens the architecture adds. Raises InputError."""
+    encoding = load_encoding(path)
+    sizes = np.zeros(vocab_size, np.int64)
+    for token, rank in encoding._mergeable_ranks.items():
+        sizes[rank] = len(token)
+    digest = sha256(repr((sorted(encoding._mergeable_ranks.items()), separator)).encode()).hexdigest()
+    return Vocabulary(encoding.encode_ordinary, separator, sizes, digest)
+
+
+def fast_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
+    """The vocabulary of a folder's `tokenizer.json`; texts are separated by its beginning or end of text.
+
+    Raises InputError when it names neither, or more ids than `vocab_size`.
+    """
+    tokenizer = load_tokenizer(folder, None, None, override=folder)
+    separator = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if separator is None:
+        raise InputError(f"expected a tokenizer with bos_token or eos_token in {folder}; found neither")
+    if len(tokenizer) > vocab_size:
+        raise InputError(f"expected a tokenizer of at most vocab_size {vocab_size} ids; found {len(tokenizer)}")
+    backend = tokenizer.backend_tokenizer
+    sizes = np.zeros(vocab_size, np.int64)
+    special = {identity for identity, added in tokenizer.added_tokens_decoder.items() if added.special}
+    byte_level = "ByteLevel" in str(backend.decoder)
+    for token, identity in tokenizer.get_vocab().items():
+        if identity not in special:
+            sizes[identity] = len(token) if byte_level else _sentencepiece_bytes(token)
+    digest = sha256(backend.to_str().encode()).hexdigest()
+    return Vocabulary(
+        lambda text: backend.encode(text, add_special_tokens=False).ids, separator, sizes, f"{digest} {separator}"
+    )
+
+
+def learn_fast(texts: Iterable[str], vocab_size: int, folder: Path, context: int) -> None:
+    """Learn a byte-level BPE of `vocab_size` ids, `<|endoftext|>` the last, and write it as a Transformers tokenizer.
+
+    As BOS it begins what is tokenized with special tokens; it is EOS and padding too. `context` is the most tokens
+    that the model takes.
+    """
+    from tokenizers import processors
+
+    tokenizer = _learned(texts, vocab_size - 1)
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    identity = tokenizer.token_to_id(END_OF_TEXT)
+    if identity != vocab_size - 1:
+        raise InputError(
+            f"expected text enough for a vocabulary of {vocab_size}; found {identity + 1} tokens in it; give more text "
+            "or a smaller vocab_size"
+        )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{END_OF_TEXT} $A",
+        pair=f"{END_OF_TEXT} $A {END_OF_TEXT} $B",
+        special_tokens=[(END_OF_TEXT, identity)],
+    )
+    folder.mkdir(exist_ok=True)
+    named = {f"{role}_token": END_OF_TEXT for role in ("bos", "eos", "pad")}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": context,
+        **named,
+    }
+    generation = {f"{role}_token_id": identity for role in ("bos", "eos", "pad")}
+    for name, content in (
+        ("tokenizer_config.json", settings),
+        ("special_tokens_map.json", named),
+        ("generation_config.json", generation),
+    ):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    # The last file: its presence says that the folder is complete.
+    tokenizer.save(str(folder / FAST))
 
 
 def learn_vocabulary(texts: Iterable[str], ranks: int) -> list[bytes]:
@@ -18,21 +157,8 @@ def learn_vocabulary(texts: Iterable[str], ranks: int) -> list[bytes]:
 
     Text is cut into words by the published pattern of tiktoken's `o200k_base`, as Talkie does.
     """
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    # `ByteLevel` writes each byte as one printable character; sorted, they are the base alphabet of every vocabulary.
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=ranks, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(_pieces(texts), trainer)
     characters = {character: byte for byte, character in enumerate(byte_characters())}
-    ordered = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    ordered = sorted(_learned(texts, ranks).get_vocab().items(), key=lambda item: item[1])
     learned = [bytes(characters[character] for character in token) for token, _ in ordered]
     merged = [token for token in learned if len(token) > 1]
     return [bytes([value]) for value in range(256)] + merged
@@ -49,6 +175,32 @@ def load_encoding(path: Path) -> tiktoken.Encoding:
     import tiktoken
 
     return tiktoken.Encoding(path.stem, pat_str=SPLIT, mergeable_ranks=read_vocabulary(path), special_tokens={})
+
+
+def _learned(texts: Iterable[str], size: int) -> Any:
+    """The byte-level BPE of `size` tokens that `tokenizers` learns from texts."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    # `ByteLevel` writes each byte as one printable character; sorted, they are the base alphabet of every vocabulary.
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(_pieces(texts), trainer)
+    return tokenizer
+
+
+def _sentencepiece_bytes(token: str) -> int:
+    """UTF-8 bytes of a SentencePiece token: `<0x0A>` is one byte, `\\u2581` a blank."""
+    if re.fullmatch("<0x[0-9A-F]{2}>", token):
+        return 1
+    return len(token.replace("\u2581", " ").encode())
 
 
 def _pieces(texts: Iterable[str], characters: int = 1 << 20) -> Iterator[str]:
