@@ -251,9 +251,7 @@ def greedy(model: nn.Module, prompt: list[int], tokens: int) -> list[int]:
 def test_batch_generator_gives_each_prompt_its_own_continuation(model: nn.Module, ids: np.ndarray) -> None:
     """mlx-lm's continuous batching, which batch_generate and the server run: three at a time, prefill in chunks."""
     prompts = [ids[row, :length].tolist() for row, length in ((0, 200), (1, 3), (2, 131), (3, 1), (0, 90), (1, 150))]
-    generator = BatchGenerator(
-        model, max_tokens=6, completion_batch_size=3, prefill_batch_size=2, prefill_step_size=64
-    )
+    generator = BatchGenerator(model, max_tokens=6, completion_batch_size=3, prefill_batch_size=2, prefill_step_size=64)
     answers: dict[int, list[int]] = {uid: [] for uid in generator.insert(prompts)}
     while responses := generator.next_generated():
         for response in responses:

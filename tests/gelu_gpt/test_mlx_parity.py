@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 import isomorph
 from conftest import assert_logits_close
@@ -117,6 +118,13 @@ def test_the_files_own_arguments_say_what_the_config_says(overrides: dict) -> No
     assert [*map(args.has_value_embedding, layers)] == [*map(config.has_value_embedding, layers)]
 
 
+def test_the_published_model_has_its_parameters() -> None:
+    model = modeling_mlx.Model(modeling_mlx.ModelArgs())  # lazy: none of them is computed
+    assert sum(value.size for _, value in tree_flatten(model.parameters())) == 261_096_338
+    untied = modeling_mlx.Model(modeling_mlx.ModelArgs(tie_embeddings=False))
+    assert sum(value.size for _, value in tree_flatten(untied.parameters())) == 261_096_338 + 32768 * 768
+
+
 @pytest.mark.parametrize("change, complaint", [
     ({"mlp": "swiglu"}, "mlp"),
     ({"rope_table_dtype": "float16"}, "rope_table_dtype"),
@@ -131,6 +139,7 @@ def test_config_values_it_does_not_have_are_refused(change: dict, complaint: str
     # The published layout says 1e-6, which moves these logits by up to 2.4e-5; nanochat ran with float32's own.
     ("public-gelu-mha", "hf", {"rms_norm_eps": FLOAT32_EPS}),
     ("public-relu2-untied", "hf", {"rms_norm_eps": FLOAT32_EPS}),
+    ("public-relu2-untied", "nanochat", None),
 ])  # fmt: skip
 def test_nanochats_own_outputs(shared: Path, name: str, source: str, eps: dict | None) -> None:
     folder = shared / "golden" / "nanochat" / name
