@@ -360,23 +360,26 @@ def bench_command(
 ) -> None:
     """Tokens a second of prefill and decode, against the memory's own speed."""
     from isomorph import evaluate, load
-    from isomorph.records import to_json
+    from isomorph.progress import progress
 
     loaded = load(model, framework=framework, dtype=dtype, numerics=numerics, trust_remote_code=trust_remote_code)
-    result = evaluate.throughput(loaded, prompt, tokens, repetitions, batch)
+    with progress("bench", max(repetitions, 0) + 1, "runs") as advance:
+        result = evaluate.throughput(loaded, prompt, tokens, repetitions, batch, advance)
+    first, spread = result.time_to_first_token_seconds, result.time_to_first_token_seconds_sd
     rows = {
         "prefill": f"{result.prefill_tokens_per_second:.1f} ± {result.prefill_tokens_per_second_sd:.1f} tokens/s",
         "decode": f"{result.decode_tokens_per_second:.1f} ± {result.decode_tokens_per_second_sd:.1f} tokens/s",
-        "first token": f"{result.time_to_first_token_seconds:.3f} s",
-        "read bandwidth": f"{result.read_bandwidth_bytes_per_second / 1e9:.1f} GB/s",
+        "first token": f"{first:.3f} ± {spread:.3f} s",
+        "read per token": f"{result.bytes_read_per_token / 1e9:.3f} GB",
+        "read bandwidth": f"{result.read_bandwidth_bytes_per_second / 1e9:.1f} GB/s, "
+        f"{result.read_bandwidth_fraction:.0%} of it used",
         "peak memory": f"{result.peak_memory_bytes / 1e9:.2f} GB",
+        "hardware": f"{result.environment['cpu']}, {result.threads} threads, {result.instruction_set or 'no kernels'}",
+        "commit": result.commit or "not a checkout",
     }
-    if result.bytes_read_per_token is not None and result.read_bandwidth_fraction is not None:
-        rows["read per token"] = f"{result.bytes_read_per_token / 1e9:.3f} GB"
-        rows["of bandwidth"] = f"{result.read_bandwidth_fraction:.0%}"
     show("bench", rows)
     if as_json:
-        print_json(to_json(result))
+        print_json(result)
 
 
 # --- generate --------------------------------------------------------------------------------------------------------

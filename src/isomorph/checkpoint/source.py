@@ -51,9 +51,13 @@ class Checkpoint:
 
     @property
     def quantization(self) -> dict[str, Any] | None:
-        """MLX's `quantization` entry of config.json: defaults, and settings a module path; None when not quantized."""
-        value = (self.config or {}).get("quantization")
-        return value if isinstance(value, dict) else None
+        """MLX's `quantization` entry of config.json: defaults, and settings a module path; None when not quantized.
+
+        The same stands under `quantization_config`, where other formats, which name a `quant_method`, have theirs.
+        """
+        config = self.config or {}
+        value = config.get("quantization", config.get("quantization_config"))
+        return value if isinstance(value, dict) and "quant_method" not in value else None
 
 
 def open_checkpoint(

@@ -15,7 +15,7 @@ from torch import nn
 
 from isomorph.architectures.base import Architecture
 from isomorph.checkpoint import Checkpoint, Tensor
-from isomorph.checkpoint.mlx_quantized import quantized_modules
+from isomorph.checkpoint.mlx_quantized import is_quantized, quantized_modules
 from isomorph.checkpoint.tensor import FLOATING
 from isomorph.errors import InputError, did_you_mean
 from isomorph.frameworks.model import Model
@@ -59,7 +59,7 @@ def load_model(
     """
     device_here = torch_device(device)
     if architecture is None:
-        if checkpoint.quantization is not None:
+        if checkpoint.quantization is not None or is_quantized(checkpoint.tensors):
             module, config = quantized_model(checkpoint, dtype, fast=numerics == "fast")
         else:
             module, config = stock_model(checkpoint, dtype, trust_remote_code)

@@ -77,7 +77,7 @@ class SlotCache(Cache):
     layers: list[SlotLayer]
 
     def __init__(self, room: int | None) -> None:
-        super().__init__(layers=[])
+        super().__init__(layer_class_to_replicate=SlotLayer)
         self.room = max(SMALLEST_ROOM, room or 0)
         self.filled = 0
         self.keys: list[int] = []

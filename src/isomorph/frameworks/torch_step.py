@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -209,6 +210,19 @@ class OneToken(DynamicCache):
         return self.recording.cache.filled
 
 
+@contextmanager
+def altered(config: Any, **values: Any) -> Iterator[None]:
+    """`config` with other values while the block runs, of those keys that it has."""
+    before = {key: getattr(config, key) for key in values if hasattr(config, key)}
+    try:
+        for key in before:
+            setattr(config, key, values[key])
+        yield
+    finally:
+        for key, value in before.items():
+            setattr(config, key, value)
+
+
 def record(model: TorchModel, cache: SlotCache, starts: np.ndarray, ids: np.ndarray) -> Recording:
     """Run one step of `ids` [B, 1] through the module and note it. Raises NotRecordable."""
     recording = Recording(cache, starts)
@@ -216,17 +230,17 @@ def record(model: TorchModel, cache: SlotCache, starts: np.ndarray, ids: np.ndar
     positions = torch.from_numpy((cache.filled - starts)[:, None])
     recording.inputs = [tokens, positions]
     config = model.module.config.get_text_config()
-    before, token = config._attn_implementation, _current.set(recording)
+    token = _current.set(recording)
     try:
-        config._attn_implementation = ATTENTION
-        with torch.no_grad(), through_operators(), recording:
+        # Without a pad token nobody looks for padding among the ids, which would be reading values.
+        changed = altered(config, _attn_implementation=ATTENTION, pad_token_id=None)
+        with changed, torch.no_grad(), through_operators(), recording:
             recording.logits = model.module(
                 tokens, position_ids=positions, past_key_values=OneToken(recording), use_cache=True
             ).logits
     except REFUSALS as error:
         raise NotRecordable(f"{type(error).__name__}: {error}") from error
     finally:
-        config._attn_implementation = before
         _current.reset(token)
     if len(recording.updated) != model.num_layers:
         raise NotRecordable(f"{len(recording.updated)} of {model.num_layers} layers attend in the usual way")
@@ -243,6 +257,10 @@ class Steps:
         self._lock = threading.Lock()
         self._recordings: dict[int, Recording] = {}
         self._programs: dict[int, Callable[[SlotCache, np.ndarray, np.ndarray], np.ndarray]] = {}
+
+    def recorded(self, rows: int) -> bool:
+        """Whether steps of so many rows are replayed."""
+        return rows in self._programs
 
     def __call__(self, cache: SlotCache, starts: np.ndarray, ids: np.ndarray) -> np.ndarray | None:
         """Logits, float32 [B, 1, V], of one more token a row, `ids` [B, 1]; None where the module has to run."""
