@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -36,7 +37,7 @@ def main() -> None:
     formats = Settings(4, 64), Settings(5, 32), Settings(4, 32, "mxfp4"), Settings(4, 16, "nvfp4")
     for settings, experts in zip(formats, (False, True, True, False)):
         units = kernels.COLUMNS // kernels._unit(settings)[1]
-        tile = kernels._tile(8 if experts else 512)
+        tile = kernels._tile(8 if experts else 512, torch.bfloat16, settings.group_size)
         one = compile_for(kernels._one_row, settings, experts, ROWS=kernels.ROWS, UNITS=units)
         many = compile_for(kernels._many_rows, settings, experts, FACTOR=tl.bfloat16, TILE_M=tile[0], TILE_N=tile[1])
         rows = compile_for(kernels._dequantize, settings, False, UNITS=units)

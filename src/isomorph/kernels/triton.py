@@ -229,9 +229,9 @@ def linear(
     x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, biases: torch.Tensor | None, settings: Settings
 ) -> torch.Tensor:
     """`x [M, K] @ w.T -> [M, N]` in x's dtype; float32, bfloat16 or float16."""
-    if x.shape[0] == 1:
-        return _product(x, weight, scales, biases, settings, rows=1)
-    return _product(x, weight, scales, biases, settings, rows=x.shape[0], tile=_tile(x.shape[0]))
+    rows = x.shape[0]
+    tile = None if rows == 1 else _tile(rows, x.dtype, settings.group_size)
+    return _product(x, weight, scales, biases, settings, rows=rows, tile=tile)
 
 
 def experts_linear(
@@ -246,7 +246,7 @@ def experts_linear(
     results, count = experts.shape[0], weight.shape[0]
     if results <= count:  # then most experts are named once
         return _product(x, weight, scales, biases, settings, rows=results, experts=experts)
-    tile = _tile(results // count)
+    tile = _tile(results // count, x.dtype, settings.group_size)
     return _product(
         x, weight, scales, biases, settings, rows=results, tile=tile, tiles=expert_tiles(experts, count, tile[0])
     )
@@ -329,11 +329,14 @@ def _product(x, weight, scales, biases, settings, *, rows, experts=None, tile=No
     return y if whole else parts.sum(0).to(x.dtype)
 
 
-def _tile(rows: int) -> tuple[int, int]:
-    """Results a program: few rows leave more programs along the weights, which are what takes time to read."""
-    if rows <= 64:
-        return max(16, triton.next_power_of_2(rows)), 32
-    return 128, 128
+def _tile(rows: int, dtype: torch.dtype, group_size: int) -> tuple[int, int]:
+    """Results a program: few rows leave more programs along the weights, which are what takes time to read.
+
+    What a program stages of a group, three deep, fits the 99 KB of shared memory that GPUs of every class have.
+    """
+    if rows <= 64 or dtype == torch.float32:
+        return min(64, max(16, triton.next_power_of_2(rows))), 32
+    return 128, 64 if group_size == 128 else 128
 
 
 def _splits(grid: tuple[int, ...], columns: int, settings: Settings, device: torch.device) -> tuple[int, int]:
