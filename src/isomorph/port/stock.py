@@ -31,7 +31,8 @@ def shared_layout(checkpoint: Checkpoint, to: str) -> str:
             f"expected unquantized weights to copy for {to}; found a quantized {model_type}; convert its source"
         )
     if to == "mlx":
-        if not mlx_lm_has(model_type):
+        # Where mlx-lm is not installed, Transformers' word must do.
+        if not (mlx_lm_has(model_type) if find_spec("mlx_lm") else transformers_has(model_type)):
             raise InputError(
                 f"expected an architecture that mlx-lm or isomorph has; found {model_type!r}; port it first"
             )

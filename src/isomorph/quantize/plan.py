@@ -15,6 +15,8 @@ from isomorph.quantize.settings import Settings
 
 RoleOf = Callable[[str], str | None]
 
+BARE = "a bare parameter, not a module's weight"
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -69,13 +71,20 @@ class Plan:
         return entry
 
 
-def make_plan(tensors: Iterable[Tensor], recipe: Recipe, default: Settings, role_of: RoleOf) -> Plan:
+def make_plan(
+    tensors: Iterable[Tensor],
+    recipe: Recipe,
+    default: Settings,
+    role_of: RoleOf,
+    is_bare: Callable[[str], bool] = lambda name: False,
+) -> Plan:
     """Decide for each of `tensors`, named as the target has them. Raises InputError when the recipe cannot be kept to.
 
     A module's `X.weight` of two dimensions (three for stacked experts) is a matrix; norms and bare parameters are not.
+    `is_bare` tells which names end like a module's weight and are parameters.
     """
     tensors = list(tensors)
-    matrices = [tensor for tensor in tensors if _is_matrix(tensor, role_of)]
+    matrices = [tensor for tensor in tensors if _is_matrix(tensor, role_of) and not is_bare(tensor.name)]
     paths = {tensor.name: tensor.name.removesuffix(".weight") for tensor in matrices}
     block_count = 1 + max((block for path in paths.values() if (block := block_of(path)) is not None), default=-1)
     decisions, rest = [], []
@@ -83,7 +92,9 @@ def make_plan(tensors: Iterable[Tensor], recipe: Recipe, default: Settings, role
         if tensor.name in paths:
             decisions.append(_decide(paths[tensor.name], tensor, recipe, default, block_count, role_of))
         elif len(tensor.shape) > 1 and tensor.dtype in FLOATING:
-            decisions.append(Decision(tensor.name, role_of(tensor.name), tensor, None, _why_not(tensor)))
+            reason = BARE if is_bare(tensor.name) else _why_not(tensor)
+            role = role_of(tensor.name.removesuffix(".weight"))
+            decisions.append(Decision(tensor.name, role, tensor, None, reason))
         else:
             rest.append(tensor)
     _check_overrides(recipe, decisions, block_count)
@@ -123,7 +134,7 @@ def _is_norm(name: str) -> bool:
 
 def _why_not(tensor: Tensor) -> str:
     if not tensor.name.endswith(".weight"):
-        return "a bare parameter, not a module's weight"
+        return BARE
     if math.prod(tensor.shape) == 0:
         return "empty"
     if tensor.dtype not in FLOATING[1:]:

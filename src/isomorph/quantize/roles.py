@@ -25,7 +25,7 @@ _NAMES = {
     "q": "q_proj wq query q_a_proj q_b_proj",
     "k": "k_proj wk key",
     "v": "v_proj wv value v_a_proj v_b_proj",
-    "o": "o_proj wo out_proj dense_o",
+    "o": "o_proj wo out_proj dense",
     "gate": "gate_proj w1",
     "up": "up_proj w3 c_fc fc_in fc1 dense_h_to_4h",
     "down": "down_proj w2 fc_out fc2 dense_4h_to_h",
@@ -46,6 +46,8 @@ def stock_role(path: str) -> str | None:
         return "router"
     if _EXPERT.search(path):
         return "expert"
+    if path.endswith(".c_proj"):
+        return "down" if ".mlp." in path else "o"
     return _BY_NAME.get(path.rpartition(".")[2])
 
 

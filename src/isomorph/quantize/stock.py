@@ -39,12 +39,34 @@ ROUTER_AT_EIGHT_BITS = frozenset(
     ]
 )
 
+#: model_types whose router, `mlp.gate`, is a parameter of mlx-lm's (0.32) and not a module: it cannot be quantized.
+BARE_ROUTERS = frozenset(
+    [
+        "deepseek",
+        "deepseek_v2",
+        "deepseek_v3",
+        "deepseek_v32",
+        "dots1",
+        "exaone_moe",
+        "glm4_moe",
+        "glm4_moe_lite",
+        "joyai_llm_flash",
+        "kimi_k2",
+        "mimo_v2_flash",
+    ]
+)
+
 #: Further rules: granite's weights are small enough to underflow the scales of some formats.
 OWN_RULES = {
     "granite": (Rule(EIGHT_BITS, roles=("o", "down", "head")),),
     "granitemoe": (Rule(EIGHT_BITS, roles=("o", "down", "head")),),
     "longcat_flash": (Rule(EIGHT_BITS, match=("*classifier",)),),
 }
+
+
+def is_bare(model_type: str, name: str) -> bool:
+    """Whether mlx-lm's model of that type has the tensor as a bare parameter, though its name is that of a weight."""
+    return model_type in BARE_ROUTERS and name.endswith(".gate.weight")
 
 
 def default_recipe(model_type: str) -> Recipe:

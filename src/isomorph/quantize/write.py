@@ -21,11 +21,12 @@ from isomorph.convert import Plan as ConversionPlan
 from isomorph.errors import InputError, did_you_mean
 from isomorph.port import stock
 from isomorph.port.transforms import TRANSFORMS
+from isomorph.quantize.experts import as_mlx_lm_holds_them
 from isomorph.quantize.plan import Plan, make_plan
 from isomorph.quantize.recipe import Recipe, RecipeFunction, read_recipe, set_rule
 from isomorph.quantize.roles import stock_role
 from isomorph.quantize.settings import Settings
-from isomorph.quantize.stock import default_recipe
+from isomorph.quantize.stock import default_recipe, is_bare
 from isomorph.quantize.stream import QuantizedStream
 
 #: Ways to choose the codes. Modes (affine, mxfp4, ...) say how they are stored.
@@ -140,7 +141,7 @@ def quantize(
             "original, or add --requantize, which adds error to error"
         )
     base, role_of = _base(checkpoint, architecture, layout, dtype or _stated_dtype(checkpoint))
-    plan = make_plan(base.tensors, chosen, default, role_of)
+    plan = make_plan(base.tensors, chosen, default, role_of, partial(is_bare, model_type))
     entry = plan.quantization()
     configuration = {**base.config, **dict.fromkeys(CONFIG_KEYS, entry)}
     streams, tensors = _streams(plan)
@@ -200,6 +201,10 @@ def _base(
         checkpoint = stock.declared(checkpoint)
     tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if not _computed(name, checkpoint)}
     plan = stock_plan(replace(checkpoint, tensors=tensors), "mlx", layout, dtype, True)
+    if plan.layout == "transformers":
+        held = as_mlx_lm_holds_them({tensor.name: tensor for tensor in plan.tensors}, plan.config)
+        layout = "transformers" if held.keys() == tensors.keys() else "mlx-lm"
+        plan = replace(plan, layout=layout, tensors=[tensor.renamed(name) for name, tensor in held.items()])
     return plan, stock_role
 
 
