@@ -15,7 +15,7 @@ from conftest import assert_logits_close
 from golden.make_gelu_gpt import CASES, FOLDER, MISTAKES, case, fingerprint, forward
 from isomorph.architectures.gelu_gpt import modeling_mlx
 from isomorph.architectures.gelu_gpt.config import FLOAT32_EPS, GeluGPTConfig
-from isomorph.verify.tolerance import allowed_logit_difference
+from isomorph.verify.tolerance import MAX_NOISE_RATIO, allowed_logit_difference
 from tiny_gelu_gpt import tiny_config, tiny_tensors, write_checkpoint
 
 
@@ -103,6 +103,25 @@ def test_positions_past_the_tables_are_still_right() -> None:
     tables = model.model._tables
     model.model._tables = tuple(table[:64] for table in tables)
     assert error(model, ids, forward(config, tensors, ids)[0]) <= 1
+
+
+def test_bfloat16_is_as_close_to_exact_as_rounding_allows(tmp_path: Path) -> None:
+    """The port's error in bfloat16, of logits and of each layer, against that of the same weights in torch."""
+    config = tiny_config(rope_table_dtype="bfloat16", dtype="bfloat16", torch_dtype="bfloat16")
+    ids = np.random.default_rng(7).integers(0, 120, (1, 200))
+    tensors = tiny_tensors(config, seed=7)
+    folder = write_checkpoint(tmp_path / "model", config, seed=7)
+    exact, states = forward(config, tensors, ids)
+
+    def noise(framework: str) -> np.ndarray:
+        model = isomorph.load(folder, framework=framework, dtype="bfloat16")
+        pairs = zip([model.logits(ids), *model.hidden_states(ids)], [exact, *states], strict=True)
+        return np.array([np.sqrt(np.mean((actual - reference) ** 2)) for actual, reference in pairs])
+
+    ours, theirs = noise("mlx"), noise("torch")
+    assert (ours <= MAX_NOISE_RATIO * theirs).all() and (theirs <= MAX_NOISE_RATIO * ours).all()
+    wrong = forward(config, tensors, ids, "scale q only")[0]
+    assert np.sqrt(np.mean((wrong - exact) ** 2)) > MAX_NOISE_RATIO * theirs[0]
 
 
 @pytest.mark.parametrize(
