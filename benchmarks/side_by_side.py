@@ -1,10 +1,13 @@
 """The same model in several engines, interleaved in one run, as ratios: decode and prefill tokens a second.
 
-Usage: python benchmarks/side_by_side.py QUANTIZED [--plain BFLOAT16_FOLDER] [--rounds 5] [--prompt 512] [--tokens 16]
-                                         [--mlx] [--llama-bench BINARY --gguf FILE] [--batch 1]
+Usage: python benchmarks/side_by_side.py QUANTIZED... [--plain BFLOAT16_FOLDER] [--mlx]
+           [--llama-bench BINARY --gguf FILE...] [--engines PATTERN...] [--rounds 5] [--prompt 512] [--tokens 16]
+           [--batch 1] [--results FILE.jsonl]
 
-`benchmarks/random_model.py` writes folders to compare. Each round runs every engine once, so that a slow spell of the
-machine meets all of them; medians over rounds are printed, and the read bandwidth measured in the same rounds.
+`benchmarks/random_model.py` writes folders and GGUF files to compare. Each round runs every engine once, with as many
+threads as torch has, so that a slow spell of the machine meets all of them; medians over rounds are printed, and the
+read bandwidth measured in the same rounds. With --results rounds are appended to a file and all rounds in it are
+summed up, so that short runs (--rounds 1) accumulate; --rounds 0 only sums up.
 """
 
 from __future__ import annotations
@@ -15,30 +18,26 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 
 import isomorph
-from isomorph.evaluate.throughput import bytes_per_step, read_bandwidth
-from isomorph.frameworks.model import Model
+from isomorph.evaluate.throughput import bytes_per_token, commit, measure, read_bandwidth
 
+#: (batch, prompt, tokens) -> prefill and decode tokens a second.
 Engine = Callable[[int, int, int], tuple[float, float]]
 
 
-def through_contract(model: Model) -> Engine:
-    def run(batch: int, prompt: int, tokens: int) -> tuple[float, float]:
-        ids = np.random.default_rng(0).integers(0, model.vocab_size, (batch, prompt))
-        state = model.decode_state(batch, max_length=prompt + tokens)
-        start = time.perf_counter()
-        token = state.feed(ids, last_only=True)[:, -1].argmax(-1)[:, None]
-        filled = time.perf_counter()
-        for _ in range(tokens):
-            token = state.feed(token, last_only=True)[:, -1].argmax(-1)[:, None]
-        return batch * prompt / (filled - start), batch * tokens / (time.perf_counter() - filled)
+def through_contract(folder: Path, numerics: str = "exact") -> tuple[Engine, Any]:
+    model = isomorph.load(folder, dtype="bfloat16", numerics=numerics)
 
-    return run
+    def run(batch: int, prompt: int, tokens: int) -> tuple[float, float]:
+        return measure(model, prompt, tokens, batch)[:2]
+
+    return run, model
 
 
 def stock_transformers(folder: Path) -> Engine:
@@ -69,9 +68,8 @@ def mlx_lm(folder: Path) -> Engine:
 
     def run(batch: int, prompt: int, tokens: int) -> tuple[float, float]:
         cache = make_prompt_cache(model)
-        token = mx.zeros((batch, 1), mx.int32)
         start = time.perf_counter()
-        mx.eval(model(token, cache=cache))  # one step is enough: it takes seconds
+        mx.eval(model(mx.zeros((batch, 1), mx.int32), cache=cache))  # one step is enough: it takes seconds
         return float("nan"), batch / (time.perf_counter() - start)
 
     return run
@@ -80,61 +78,94 @@ def mlx_lm(folder: Path) -> Engine:
 def llama_bench(binary: Path, gguf: Path) -> Engine:
     def run(batch: int, prompt: int, tokens: int) -> tuple[float, float]:
         command = [binary, "-m", gguf, "-p", prompt, "-n", tokens, "-r", 1, "-t", torch.get_num_threads(), "-o", "json"]
-        rows = json.loads(subprocess.run(list(map(str, command)), capture_output=True, check=True, text=True).stdout)
-        speed = {bool(row["n_gen"]): row["avg_ts"] for row in rows}
+        done = subprocess.run(list(map(str, command)), capture_output=True, check=True, text=True)
+        speed = {bool(row["n_gen"]): row["avg_ts"] for row in json.loads(done.stdout)}
         return speed[False], speed[True]
 
     return run
 
 
+def build(options: argparse.Namespace) -> dict[str, tuple[Engine, Any]]:
+    """Engines by name, with the model of isomorph behind them; only those asked for are loaded."""
+    makers: dict[str, Callable[[], tuple[Engine, Any]]] = {}
+    for folder in options.quantized:
+        for numerics in ("exact", "fast"):
+            makers[f"isomorph {folder.name} {numerics}"] = lambda f=folder, n=numerics: through_contract(f, n)
+        if options.mlx:
+            makers[f"mlx-lm {folder.name}"] = lambda f=folder: (mlx_lm(f), None)
+    if options.plain:
+        makers["isomorph bfloat16"] = lambda: through_contract(options.plain)
+        makers["transformers bfloat16"] = lambda: (stock_transformers(options.plain), None)
+    for gguf in options.gguf or ():
+        makers[f"llama.cpp {gguf.stem}"] = lambda g=gguf: (llama_bench(options.llama_bench, g), None)
+    wanted = [name for name in makers if any(fnmatch(name, pattern) for pattern in options.engines)]
+    return {name: makers[name]() for name in wanted}
+
+
+def play(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row an engine and round."""
+    engines = build(options)
+    rows = []
+    for turn in range(options.rounds + 1):
+        bandwidth = read_bandwidth()
+        for name, (run, model) in engines.items():
+            # The first round warms up; a process of its own has nothing to warm but the page cache.
+            prompt, tokens = (options.prompt, options.tokens) if turn else (16, 3)
+            prefill, decode = run(options.batch, prompt, tokens)
+            if turn:
+                read = bytes_per_token(model, options.batch, prompt + tokens // 2) if model is not None else None
+                rows.append(
+                    {"engine": name, "batch": options.batch, "prompt": prompt, "prefill": prefill, "decode": decode}
+                    | {"bandwidth": bandwidth, "read": read, "commit": commit()}
+                )
+    return rows
+
+
+def summary(rows: list[dict[str, Any]], base: str = "transformers bfloat16") -> list[str]:
+    """A line of medians an engine and batch; ratios are to `base`, or to the first engine."""
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["engine"], row["batch"]), []).append(row)
+
+    def median(key: tuple[str, int], field: str) -> float:
+        return statistics.median(row[field] for row in groups[key])
+
+    lines = ["| engine | batch | rounds | prefill tokens/s | ratio | decode tokens/s | ratio | of read bandwidth |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for key, group in groups.items():
+        reference = (base, 1) if (base, 1) in groups else next(iter(groups))
+        prefill, decode = median(key, "prefill"), median(key, "decode")
+        used = [row["decode"] * row["read"] / row["bandwidth"] for row in group if row["read"]]
+        share = f"{statistics.median(used):.0%}" if used else ""
+        ratios = prefill / median(reference, "prefill"), decode / median(reference, "decode")
+        lines.append(
+            f"| {key[0]} | {key[1]} | {len(group)} | {prefill:.1f} | {ratios[0]:.2f} | {decode:.2f} | {ratios[1]:.2f} "
+            f"| {share} |"
+        )
+    rate = statistics.median(row["bandwidth"] for row in rows) / 1e9
+    return [*lines, "", f"read bandwidth {rate:.1f} GB/s; {torch.get_num_threads()} threads; ratios to {reference[0]}"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("quantized", type=Path)
+    parser.add_argument("quantized", type=Path, nargs="+")
     parser.add_argument("--plain", type=Path)
+    parser.add_argument("--mlx", action="store_true")
+    parser.add_argument("--llama-bench", type=Path)
+    parser.add_argument("--gguf", type=Path, nargs="*")
+    parser.add_argument("--engines", nargs="*", default=["*"], help="only engines whose names match")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--mlx", action="store_true")
-    parser.add_argument("--llama-bench", type=Path)
-    parser.add_argument("--gguf", type=Path)
+    parser.add_argument("--results", type=Path)
     options = parser.parse_args()
-    models = {
-        f"isomorph {numerics}": isomorph.load(options.quantized, dtype="bfloat16", numerics=numerics)
-        for numerics in ("exact", "fast")
-    }
-    if options.plain:
-        models["isomorph bfloat16"] = isomorph.load(options.plain, dtype="bfloat16")
-    engines = {name: through_contract(model) for name, model in models.items()}
-    if options.plain:
-        engines["transformers bfloat16"] = stock_transformers(options.plain)
-    if options.mlx:
-        engines["mlx-lm"] = mlx_lm(options.quantized)
-    if options.llama_bench:
-        engines["llama.cpp"] = llama_bench(options.llama_bench, options.gguf)
-    prefill: dict[str, list[float]] = {name: [] for name in engines}
-    decode: dict[str, list[float]] = {name: [] for name in engines}
-    bandwidth: list[float] = []
-    for turn in range(options.rounds + 1):
-        for name, run in engines.items():
-            speeds = run(options.batch, options.prompt, options.tokens)
-            if turn:  # the first round warms up
-                prefill[name].append(speeds[0])
-                decode[name].append(speeds[1])
-        if turn:
-            bandwidth.append(read_bandwidth())
-    rate = statistics.median(bandwidth)
-    base = "transformers bfloat16" if "transformers bfloat16" in engines else next(iter(engines))
-    print(f"read bandwidth {rate / 1e9:.1f} GB/s; ratios to {base}; medians of {options.rounds} interleaved rounds")
-    for name in engines:
-        fast, slow = statistics.median(prefill[name]), statistics.median(decode[name])
-        line = f"{name:22} prefill {fast:8.1f} tok/s ({fast / statistics.median(prefill[base]):5.2f}x)"
-        line += f"  decode {slow:7.2f} tok/s ({slow / statistics.median(decode[base]):6.2f}x)"
-        if name in models:
-            read = bytes_per_step(models[name])
-            assert read is not None
-            line += f"  {slow / options.batch * read / rate:5.0%} of read bandwidth"
-        print(line)
+    rows = play(options) if options.rounds else []
+    if options.results:
+        with options.results.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        rows = [json.loads(line) for line in options.results.read_text().splitlines()]
+    print("\n".join(summary(rows)))
 
 
 if __name__ == "__main__":
