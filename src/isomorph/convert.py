@@ -44,6 +44,9 @@ MODEL_KEYS = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n
 
 CAST_DTYPES = ("bfloat16", "float16", "float32")
 
+#: config.json keys that generation_config.json repeats.
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
 #: config.json keys that speak of a layout, which the new one states anew.
 LAYOUT_KEYS = ("auto_map", "model_file", "dtype", "torch_dtype")
 
@@ -105,8 +108,7 @@ def convert(
     """
     if to is not None and to not in CONTAINERS:
         raise InputError(f"expected to= {', '.join(CONTAINERS)}; found {to!r}{did_you_mean(to, CONTAINERS)}")
-    if dtype is not None and dtype not in CAST_DTYPES:
-        raise InputError(f"expected dtype {', '.join(CAST_DTYPES)}; found {dtype!r}{did_you_mean(dtype, CAST_DTYPES)}")
+    check_dtype(dtype)
     checkpoint = open_checkpoint(source, config=config)
     destination = check_target(target, force or dry_run, [checkpoint.path])
     architecture = architectures.find(checkpoint)
@@ -146,6 +148,12 @@ def convert(
     return result(files=sorted(entry.name for entry in destination.iterdir()))
 
 
+def check_dtype(dtype: str | None) -> None:
+    """Raises InputError unless weights can be cast to `dtype`; None leaves them as they are."""
+    if dtype is not None and dtype not in CAST_DTYPES:
+        raise InputError(f"expected dtype {', '.join(CAST_DTYPES)}; found {dtype!r}{did_you_mean(dtype, CAST_DTYPES)}")
+
+
 def own_plan(
     checkpoint: Checkpoint,
     architecture: Architecture,
@@ -176,6 +184,9 @@ def own_plan(
         files["0"] = lambda step: write_orbax(step, tensors)
     nested = {ITEM: {**model, "tie_embeddings": config["tie_embeddings"]}} if target.container == "orbax" else {}
     files["config.json"] = json_bytes({**config, **nested})
+    if target.generation:
+        ids = {key: config[key] for key in TOKEN_IDS if config.get(key) is not None}
+        files["generation_config.json"] = json_bytes({**target.generation, **ids})
     parameters = sum(math.prod(shape) for shape in port.shapes_in(target, reading.shapes).values())
     return Plan(
         reading.layout.name, target.name, tensors, target.container, parameters, config, parsed, files, reading.dropped

@@ -82,11 +82,12 @@ def copy_tokenizer(
     if original:
         if vocabulary is not None and vocabulary.is_file():
             shutil.copyfile(vocabulary, target / vocabulary.name)
-        elif own is not None and vocabulary is not None and (folder / FAST).is_file():
+            return [vocabulary.name]
+        if vocabulary is not None and hasattr(own, "write_vocabulary"):
+            if not (folder / FAST).is_file():
+                return []
             own.write_vocabulary(folder / FAST, target / vocabulary.name)
-        else:
-            return []
-        return [vocabulary.name]
+            return [vocabulary.name]
     present = [name for name in FILES if (folder / name).is_file()]
     for name in present:
         if name.endswith(".json"):

@@ -75,12 +75,13 @@ def configuration(
         values = dict(checkpoint.config)
     else:
         inferred, assumed = architecture.infer_config(checkpoint.tensors)
+        shaped = {key: inferred[key] for key in inferred.keys() - {line.partition("=")[0] for line in assumed}}
         assumed = [line for line in assumed if line.partition("=")[0] not in checkpoint.overrides]
         logger.log(
             logging.WARNING if tell else logging.DEBUG,
             "%s has no config.json: shapes give %s; published defaults assumed: %s",
             checkpoint.path.name,
-            ", ".join(f"{key}={value}" for key, value in inferred.items() if key != "model_type"),
+            ", ".join(f"{key}={value}" for key, value in sorted(shaped.items()) if key != "model_type"),
             ", ".join(assumed) or "none",
         )
         values = {**inferred, **checkpoint.overrides}

@@ -30,7 +30,8 @@ class Layout:
     `rows` is the literal table; `container` how the weights are stored (`pt`, `mlx` or `flax` safetensors, by the
     header's format; `torch` or `nanochat`, an original file; `orbax`, a folder); `config` the config values the layout
     implies; `keys` what convert puts into config.json for stock libraries; `files` what it copies from the
-    architecture's folder beside the weights; `loads` where a folder of this layout loads: library -> how, or why not.
+    architecture's folder beside the weights; `generation` what generation_config.json says besides token ids, where the
+    source has none; `loads` where a folder of this layout loads: library -> how, or why not.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Layout:
     config: Mapping[str, Any] = field(default_factory=dict)
     keys: Mapping[str, Any] = field(default_factory=dict)
     files: tuple[str, ...] = ()
+    generation: Mapping[str, Any] = field(default_factory=dict)
     loads: Mapping[str, str] = field(default_factory=dict)
 
 

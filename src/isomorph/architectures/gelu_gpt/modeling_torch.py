@@ -116,6 +116,9 @@ class GeluGPTConfig(PreTrainedConfig):
     rope_table_dtype: str = "float32"
     max_position_embeddings: int | None = None
     use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.max_position_embeddings = 10 * self.sequence_len

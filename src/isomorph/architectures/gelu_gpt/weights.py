@@ -121,6 +121,7 @@ LAYOUTS = {
             description="the published Transformers port",
             keys={**CLASSES, "auto_map": AUTO_MAP},
             files=("modeling_torch.py",),
+            generation={"use_cache": True},
             loads={
                 "transformers": "with trust_remote_code=True",
                 "mlx-lm": "no: convert --to mlx",

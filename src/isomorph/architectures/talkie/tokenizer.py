@@ -158,8 +158,8 @@ def _spelled(token: bytes) -> str:
     return "".join(table[byte] for byte in token)
 
 
-def fast_tokenizer(ranks: Mapping[bytes, int], specials: Mapping[str, int]) -> Tokenizer:
-    """The `tokenizers` object with these ranks and special tokens, ids as given."""
+def fast_tokenizer(ranks: Mapping[bytes, int], specials: Mapping[str, int], split: str = SPLIT) -> Tokenizer:
+    """The `tokenizers` object with these ranks and special tokens, ids as given, that cuts text by the `split`."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary = {_spelled(token): rank for token, rank in ranks.items()}
@@ -176,7 +176,7 @@ def fast_tokenizer(ranks: Mapping[bytes, int], specials: Mapping[str, int]) -> T
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.Split(Regex(split), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
