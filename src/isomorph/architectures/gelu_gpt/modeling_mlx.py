@@ -18,7 +18,7 @@ V vocabulary, P positions in the tables.
 """
 
 # No `from __future__ import annotations`: mlx-lm runs a model_file outside sys.modules, where a dataclass could not
-# resolve its annotations. No `mx.compile`, hence no `nn.relu2`: on a CPU it asks for a C++ compiler.
+# resolve its annotations.
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +37,20 @@ QK_SCALE = 1.2
 SOFT_CAP = 15.0
 #: Channels of the normed input that open the gates of smear and of the value embeddings (nanochat).
 SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS = 24, 12
+
+
+def gelu(x: mx.array) -> mx.array:
+    """GELU's tanh approximation, rounded once; mlx's own is compiled, and on a CPU asks for a C++ compiler."""
+    wide = x.astype(mx.float32)
+    return (0.5 * wide * (1 + mx.tanh((2 / np.pi) ** 0.5 * (wide + 0.044715 * wide**3)))).astype(x.dtype)
+
+
+def relu2(x: mx.array) -> mx.array:
+    return mx.square(mx.maximum(x, 0))
+
+
+#: config.mlp -> activation.
+ACTIVATIONS = {"gelu": gelu, "relu2": relu2}
 
 
 @dataclass
@@ -90,20 +104,6 @@ def rms_norm(x: mx.array, eps: float) -> mx.array:
     return mx.fast.rms_norm(x, None, eps)
 
 
-def gelu(x: mx.array) -> mx.array:
-    """GELU's tanh approximation, rounded once."""
-    wide = x.astype(mx.float32)
-    return (0.5 * wide * (1 + mx.tanh((2 / np.pi) ** 0.5 * (wide + 0.044715 * wide**3)))).astype(x.dtype)
-
-
-def relu2(x: mx.array) -> mx.array:
-    return mx.square(mx.maximum(x, 0))
-
-
-#: config.mlp -> activation.
-ACTIVATIONS = {"gelu": gelu, "relu2": relu2}
-
-
 def rope_periods(args: ModelArgs) -> np.ndarray:
     """rope_base^(2i/K), positions that each channel pair takes to turn by one radian, float32 [K/2]."""
     exponents = np.arange(0, args.head_dim, 2, dtype=np.float32) / np.float32(args.head_dim)
@@ -127,6 +127,8 @@ def apply_rope(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
 
 
 class Attention(nn.Module):
+    """Causal attention over a window; rotation, then normalisation; gated value embeddings where the layer has them."""
+
     def __init__(self, args: ModelArgs, layer: int):
         super().__init__()
         self.eps = args.rms_norm_eps
@@ -159,6 +161,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two matrices around tanh-GELU or ReLU squared."""
+
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.activation = ACTIVATIONS[args.mlp]
@@ -170,6 +174,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer; its input is the mixture of the residual stream and x0."""
+
     def __init__(self, args: ModelArgs, layer: int):
         super().__init__()
         self.eps = args.rms_norm_eps
