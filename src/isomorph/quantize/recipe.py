@@ -140,7 +140,9 @@ def read_recipe(given: str | Path | Mapping[str, Any] | RecipeFunction | Recipe)
     if str(given) in RECIPES:
         return RECIPES[str(given)]
     path = Path(given).expanduser()
-    if path.suffix != ".toml" or not path.is_file():
+    if path.suffix == ".toml" and not path.is_file():
+        raise InputError(f"expected a recipe in the file {path}; found no such file; correct the path")
+    if path.suffix != ".toml":
         raise InputError(
             f"expected a recipe of {', '.join(RECIPES)} or a .toml file; found {str(given)!r}"
             f"{did_you_mean(str(given), RECIPES)}"

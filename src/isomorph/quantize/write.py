@@ -16,7 +16,7 @@ from isomorph.checkpoint.source import Checkpoint, open_checkpoint
 from isomorph.checkpoint.target import check_target
 from isomorph.checkpoint.tensor import Tensor
 from isomorph.checkpoint.writer import file_identity, write_folder
-from isomorph.convert import CAST_DTYPES, json_bytes, own_plan, stock_plan, tokenizer_files
+from isomorph.convert import CAST_DTYPES, check_dtype, json_bytes, own_plan, stock_plan, tokenizer_files
 from isomorph.convert import Plan as ConversionPlan
 from isomorph.errors import InputError, did_you_mean
 from isomorph.port import stock
@@ -122,6 +122,7 @@ def quantize(
     """
     if method not in METHODS:
         raise InputError(f"expected a method of {', '.join(METHODS)}; found {method!r}{did_you_mean(method, METHODS)}")
+    check_dtype(dtype)
     rules = tuple(set_rule(text) for text in overrides)
     named = None if recipe is None else read_recipe(recipe)
     checkpoint = open_checkpoint(source, config=config)
@@ -191,9 +192,6 @@ def _base(
     checkpoint: Checkpoint, architecture: Architecture | None, layout: str | None, dtype: str | None
 ) -> tuple[ConversionPlan, Callable[[str], str | None]]:
     """The unquantized plan of the target, and what tells roles."""
-    if dtype is not None and dtype not in CAST_DTYPES:
-        hint = did_you_mean(dtype, CAST_DTYPES)
-        raise InputError(f"expected dtype {', '.join(CAST_DTYPES)}; found {dtype!r}{hint}")
     if architecture is not None:
         name = layout or architecture.native["mlx"]
         return own_plan(checkpoint, architecture, "mlx", name, dtype, True), architecture.role
