@@ -171,7 +171,11 @@ def bytes_per_step(model: Model, batch_size: int = 1) -> int:
     tied = not any(re.search(r"lm_head|embed_out", path) for path, _, _ in arrays)
     total = 0
     for path, shape, size in arrays:
-        if TABLES.search(path) and not (tied and path.endswith(("embed", "embed_tokens", "embed_in", "wte"))):
+        if (
+            len(shape) == 2
+            and TABLES.search(path)
+            and not (tied and path.endswith(("embed", "embed_tokens", "embed_in", "wte")))
+        ):
             total += batch_size * size // shape[0]
         elif len(shape) == 3 and re.search("expert|switch", path):
             total += size * min(chosen, shape[0]) // shape[0]
