@@ -190,7 +190,7 @@ class Program:
             repeats = experts.numel() // rows.shape[0]
             self._step().multiply_experts(handle, *given, repeats, experts.data_ptr(), experts.numel(), *target, fast)
             return True
-        if not native.streams(rows.shape[0], x.dtype, Settings(*settings), fast):
+        if not native.streams(rows.shape[0]):
             return False
         self._step().multiply(handle, *given, rows.shape[0], *target, fast)
         return True

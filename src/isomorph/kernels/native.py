@@ -66,12 +66,9 @@ def packed_handle(weight: torch.Tensor, scales: torch.Tensor, biases: torch.Tens
     )
 
 
-def streams(rows: int, dtype: torch.dtype, settings: Settings, fast: bool) -> bool:
+def streams(rows: int) -> bool:
     """Whether the extension itself is the best path for `rows` activations; otherwise dequantize and use a GEMM."""
-    if rows < WIDE_ROWS:
-        return True
-    tiled = extension().has_wide() and settings.mode in ("affine", "mxfp4")
-    return tiled and (fast or dtype == torch.bfloat16)
+    return rows < WIDE_ROWS or extension().has_wide()
 
 
 def multiply(handle: Any, x: torch.Tensor, rows: int, fast: bool) -> torch.Tensor:

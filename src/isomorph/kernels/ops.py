@@ -46,7 +46,7 @@ def _linear_cpu(x, weight, scales, biases, bits, group_size, mode, fast):
 
 def linear_with_handle(handle, x: torch.Tensor, outputs: int, settings: Settings, fast: bool) -> torch.Tensor:
     """`x [M, K]` times the weights behind a handle of the extension: [M, outputs] in x's dtype."""
-    if native.streams(x.shape[0], x.dtype, settings, fast):
+    if native.streams(x.shape[0]):
         return native.multiply(handle, x, outputs, fast)
     # float32 weights keep the product exact to float32's rounding whatever the activations are.
     values = native.dequantize(handle, None, outputs, x.shape[1], torch.float32)

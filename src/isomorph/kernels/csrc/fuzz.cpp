@@ -1,13 +1,16 @@
-// Random products against double precision, for sanitizers and for machines without Python: fuzz [seconds] [seed].
+// Random products against double precision, for sanitizers and for machines without Python:
+// fuzz [seconds] [seed] [wrong | overrun].
 //
 // Every operand lies at a random alignment and ends where its allocation ends, so that AddressSanitizer sees a read of one
-// byte too many. Exits with 1 at the first product that is off by more than 1e-6 * sum|x * w| (exact).
+// byte too many. Exits with 1 at the first product that is off by more than 1e-6 * sum|x * w| (exact). The last argument
+// puts a fault in, to show that it is found: a result that is a little off, or a matrix of one row less than is claimed.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <chrono>
 #include <memory>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "dispatch.h"
@@ -28,7 +31,7 @@ T pick(std::mt19937& random, std::initializer_list<T> from) {
   return from.begin()[random() % from.size()];
 }
 
-bool one(std::mt19937& random, const Backend& backend) {
+bool one(std::mt19937& random, const Backend& backend, const std::string& fault) {
   const Mode mode = pick(random, {Mode::affine, Mode::affine, Mode::affine, Mode::mxfp4, Mode::mxfp8, Mode::nvfp4});
   Weights w{};
   w.mode = mode;
@@ -46,9 +49,10 @@ bool one(std::mt19937& random, const Backend& backend) {
   std::normal_distribution<float> normal;
 
   const int scale_bytes = mode == Mode::affine ? size_of(w.scale_type) : 1;
-  Buffer codes(size_t(w.rows * w.row_bytes()), random() % 4), scales(size_t(w.rows * groups * scale_bytes), random() % 4);
+  const int64_t stored = w.rows - (fault == "overrun");
+  Buffer codes(size_t(stored * w.row_bytes()), random() % 4), scales(size_t(w.rows * groups * scale_bytes), random() % 4);
   Buffer biases(size_t(w.rows * groups * scale_bytes), random() % 4);
-  for (int64_t i = 0; i < w.rows * w.row_bytes(); ++i) {
+  for (int64_t i = 0; i < stored * w.row_bytes(); ++i) {
     codes.data[i] = uint8_t(random());
     if (mode == Mode::mxfp8 && (codes.data[i] & 0x7f) == 0x7f) codes.data[i] = 0;  // NaN
   }
@@ -75,6 +79,7 @@ bool one(std::mt19937& random, const Backend& backend) {
   }
   set_thread_count(1 + int(random() % 3));
   backend.multiply(w, {count, x_rows.data(), x_type, y_rows.data(), y_type}, fast);
+  if (fault == "wrong") store_float(y_type, y_rows[0], 0, load_float(y_type, y_rows[0], 0) * 1.02f + 1e-3f);
 
   std::vector<float> row(static_cast<size_t>(w.columns));
   for (int64_t n = 0; n < w.rows; ++n) {
@@ -120,9 +125,23 @@ bool one(std::mt19937& random, const Backend& backend) {
     }
   }
 
-  Buffer dense(size_t(w.rows * w.columns * 2), random() % 4);
-  for (int64_t i = 0; i < w.rows * w.columns; ++i) store_float(Type::bfloat16, dense.data, i, normal(random));
-  backend.multiply_bfloat16(dense.data, w.rows, w.columns, {count, x_rows.data(), x_type, y_rows.data(), y_type});
+  const int64_t k = 1 + int64_t(random()) % w.columns;
+  Buffer dense(size_t(w.rows * k * 2), random() % 4);
+  for (int64_t i = 0; i < w.rows * k; ++i) store_float(Type::bfloat16, dense.data, i, normal(random));
+  backend.multiply_bfloat16(dense.data, w.rows, k, {count, x_rows.data(), x_type, y_rows.data(), y_type});
+  for (int64_t n = 0; n < w.rows; ++n)
+    for (int64_t m = 0; m < count; ++m) {
+      double sum = 0, size = 0;
+      for (int64_t i = 0; i < k; ++i) {
+        const double term = double(load_float(x_type, x_rows[size_t(m)], i)) * load_float(Type::bfloat16, dense.data, n * k + i);
+        sum += term, size += std::fabs(term);
+      }
+      const double got = load_float(y_type, y_rows[size_t(m)], n);
+      if (!(std::fabs(got - sum) <= 1e-6 * size + (y_type == Type::bfloat16 ? 0.004 * std::fabs(sum) : 0.))) {
+        std::printf("%s: bfloat16 rows %ld columns %ld: %g, expected %g\n", backend.name, long(w.rows), long(k), got, sum);
+        return false;
+      }
+    }
   return true;
 }
 
@@ -131,11 +150,12 @@ bool one(std::mt19937& random, const Backend& backend) {
 int main(int argc, char** argv) {
   const double seconds = argc > 1 ? std::atof(argv[1]) : 5;
   std::mt19937 random(argc > 2 ? unsigned(std::atoi(argv[2])) : 1u);
+  const std::string fault = argc > 3 ? argv[3] : "";
   const auto start = std::chrono::steady_clock::now();
   long done = 0;
   while (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < seconds)
     for (const Backend* backend : available_backends()) {
-      if (!one(random, *backend)) return 1;
+      if (!one(random, *backend, fault)) return 1;
       ++done;
     }
   std::printf("%ld products right:", done);
