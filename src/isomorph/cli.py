@@ -500,7 +500,11 @@ def chat(
 @app.command("train")
 def train_command(
     out: Annotated[Path, typer.Option(help="Folder of the run; repeat the command to go on where it stopped.")],
-    data: Annotated[list[Path], typer.Option(help="A text, or a folder of .txt files; repeatable.")],
+    data: Annotated[list[Path] | None, typer.Option(help="A text, or a folder of .txt files; repeatable.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="A Hub dataset to stream instead, e.g. allenai/c4.")] = None,
+    dataset_config: Annotated[str | None, typer.Option(help="Which of its configurations, e.g. en.")] = None,
+    split: Annotated[str, typer.Option(help="Its split.")] = "train",
+    column: Annotated[str, typer.Option(help="Its column of texts.")] = "text",
     preset: Annotated[str | None, typer.Option(help="pocket: a 4.6M-parameter Talkie and how to train it.")] = None,
     depth: Annotated[int | None, typer.Option(help="Layers; all else follows as gelu_gpt's recipe has it.")] = None,
     architecture: Annotated[str | None, typer.Option(help="Default: the preset's; gelu_gpt with --depth.")] = None,
@@ -531,6 +535,12 @@ def train_command(
     other_seeds: Annotated[float, typer.Option(help="Share of the steps that the others train.")] = 1.0,
     fsdp: Annotated[int, typer.Option(help="Devices that share a matrix's rows.")] = 1,
     model_parallel: Annotated[int, typer.Option(help="Devices that share a matrix's columns.")] = 1,
+    peak_flops: Annotated[float | None, typer.Option(help="Of all devices, for MFU; default: measured.")] = None,
+    coordinator: Annotated[
+        str | None, typer.Option(help="HOST:PORT where several processes meet; auto: the cluster says.")
+    ] = None,
+    processes: Annotated[int | None, typer.Option(help="How many processes.")] = None,
+    process: Annotated[int | None, typer.Option(help="Which one this is, from 0.")] = None,
     as_json: Json = False,
 ) -> None:
     """Train a small model in JAX: vocabulary, text, conversations, and a folder that loads in every framework."""
@@ -557,6 +567,7 @@ def train_command(
         "warmup_steps": warmup_steps,
         "dtype": dtype,
         "remat": remat,
+        "peak_flops": peak_flops,
         "evaluate_every": evaluate_every,
         "checkpoint_every": checkpoint_every,
         "seed": seed,
@@ -564,7 +575,7 @@ def train_command(
     settings = {name: value for name, value in given.items() if value is not None}
     result = train(
         out,
-        data,
+        data or [],
         preset=preset,
         architecture=architecture,
         depth=depth,
@@ -574,11 +585,18 @@ def train_command(
         chat_data=chat_data or [],
         held_out=held_out or [],
         form=form,
+        dataset=dataset,
+        dataset_config=dataset_config,
+        split=split,
+        column=column,
         vocabulary=tokenizer,
         seeds=seeds,
         other_seeds=other_seeds,
         fsdp=fsdp,
         model_parallel=model_parallel,
+        coordinator=coordinator,
+        processes=processes,
+        process=process,
     )
     if as_json:
         print_json(result)
@@ -590,6 +608,7 @@ def train_command(
             "model": str(result.path),
             "parameters": f"{result.parameters:,}",
             "held out": f"{bits:.3f} bits per byte" if bits is not None else "not measured",
+            **{f"seed {row['seed']}": f"loss {row['smoothed_loss']:.3f} after {row['step']:,}" for row in result.seeds},
         },
     )
 

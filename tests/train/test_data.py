@@ -104,6 +104,13 @@ def test_a_batch_depends_on_its_step_alone() -> None:
     assert not np.array_equal(windows(tokens, 4, 16, seed=3)(0).ids, in_order[0])
 
 
+def test_processes_share_a_batch() -> None:
+    tokens = np.arange(2000, dtype=np.uint16)
+    whole_batch = windows(tokens, 4, 16, seed=2)(7).ids
+    shares = [windows(tokens, 4, 16, seed=2, share=(part, 2))(7).ids for part in range(2)]
+    np.testing.assert_array_equal(np.concatenate(shares), whole_batch)
+
+
 def test_questions_and_answers_of_both_printed_forms() -> None:
     assert questions_and_answers(CATECHISM) == [
         ("What is meant by a vacuum?", "A vacuum means an empty space."),

@@ -22,6 +22,7 @@ from isomorph.architectures.talkie.modeling_flax import Model
 from isomorph.errors import InputError
 from isomorph.frameworks.nnx_parameters import split
 from isomorph.train.data import windows
+from isomorph.train.flops import measured_peak_flops, model_flops_per_token
 from isomorph.train.metrics import read_metrics
 from isomorph.train.optimizer import adamw, warmup_cosine
 from isomorph.train.settings import Settings
@@ -124,6 +125,39 @@ def test_a_killed_run_resumes_exactly(straight: Path, tmp_path: Path) -> None:
     keys = ("smoothed_loss", "gradient_norm", "learning_rate", "tokens")
     ends = [read_metrics(out / "metrics.jsonl")[-1] for out in (tmp_path, straight)]
     assert [ends[0][key] for key in keys] == [ends[1][key] for key in keys]
+
+
+def test_control_c_ends_the_step_and_resumes_exactly(straight: Path, tmp_path: Path) -> None:
+    settings = Settings(steps=30, **SETTINGS)
+
+    def interrupted(step: int) -> Any:
+        if step == 23:
+            os.kill(os.getpid(), signal.SIGINT)
+        return batches(settings)(step)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(make_model, interrupted, settings, tmp_path)
+    assert max(losses(tmp_path)) == 24
+    asked: list[int] = []
+
+    def watched(step: int) -> Any:
+        asked.append(step)
+        return batches(settings)(step)
+
+    train(make_model, watched, settings, tmp_path)
+    assert asked == list(range(24, 30))
+    assert losses(tmp_path) == losses(straight)
+
+
+def test_flops_are_those_of_the_matrices() -> None:
+    """Talkie's: seven matrices a layer and the head, and two products of attention over all positions."""
+    graph, parameters = split(make_model(rngs=nnx.Rngs(0)))
+    length = 16
+    matrices = sum(value.size for name, value in parameters.items() if value.ndim == 2 and "embed" not in name)
+    attention = SHAPE["num_hidden_layers"] * 2 * length * SHAPE["num_attention_heads"] * SHAPE["head_dim"]
+    found = model_flops_per_token(graph, parameters, Settings(steps=1, sequence_length=length))
+    assert found == 3 * 2 * (matrices + attention)
+    assert measured_peak_flops("float32", size=256) > 1e8
 
 
 def test_another_order_of_the_data_would_show(straight: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ NEEDED = {"jax": "flax", "flax": "flax", "optax": "flax", "orbax.checkpoint": "f
 
 def train(
     out: str | Path,
-    data: Sequence[str | Path],
+    data: Sequence[str | Path] = (),
     *,
     preset: str | None = None,
     architecture: str | None = None,
@@ -34,13 +34,23 @@ def train(
     chat_data: Sequence[str | Path] = (),
     held_out: Sequence[str | Path] = (),
     form: str = "plain",
+    dataset: str | None = None,
+    dataset_config: str | None = None,
+    split: str = "train",
+    column: str = "text",
     vocabulary: str | Path | None = None,
     seeds: int = 1,
     other_seeds: float = 1.0,
     fsdp: int = 1,
     model_parallel: int = 1,
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
 ) -> Run:
-    """Train a model on the texts of `data` (files, or folders of .txt files) and write it to `out/model`.
+    """Train a model on texts and write it to `out/model`.
+
+    The texts are those of `data` (files, or folders of .txt files) or the `column` of a Hub `dataset`'s `split`, which
+    is streamed; a local folder of its files does as well.
 
     `preset` (pocket) names an architecture, shapes and settings; so does `depth`, from which the recipe of gelu_gpt
     follows. `architecture`, `config` (keys of config.json), `settings` and `chat_settings` (fields of `Settings`)
@@ -49,14 +59,24 @@ def train(
     vocab.txt (talkie) or a tokenizer.json or its folder; without one it is learned from the texts. With `seeds` above 1
     more models are trained, for `other_seeds` times the steps, to see the spread. Repeating the call goes on where an
     earlier one stopped. On several devices every matrix is split over `fsdp` times `model_parallel` of them, and the
-    batch over all but the latter. Raises InputError.
+    batch over all but the latter. For several processes, give each the address of a `coordinator`, or "auto" where a
+    cluster says it, how many `processes` there are and which one it is; `out` is a folder that all of them see. Raises
+    InputError.
     """
     for package, extra in NEEDED.items():
         if find_spec(package.partition(".")[0]) is None:
             raise InputError(f"expected {package}, which training needs; run: pip install 'isomorph[{extra}]'")
+    if coordinator is not None:
+        join(coordinator, processes, process)
     from isomorph.train.presets import PRESETS, recipe
     from isomorph.train.run import Plan, run
     from isomorph.train.settings import Settings
+    from isomorph.train.stream import Source
+
+    if bool(data) == (dataset is not None):
+        raise InputError("expected either data, texts or folders of them, or a dataset; give one of the two")
+    if seeds < 1 or not 0 < other_seeds <= 1:
+        raise InputError(f"expected seeds from 1 on and other_seeds in 0..1; found {seeds} and {other_seeds:g}")
 
     if preset is not None and preset not in PRESETS:
         raise InputError(f"expected a preset of {', '.join(PRESETS)}; found {preset!r}{did_you_mean(preset, PRESETS)}")
@@ -82,6 +102,7 @@ def train(
         chat_data=[Path(path) for path in chat_data],
         held_out=[Path(path) for path in held_out],
         form=form,
+        source=Source(dataset, dataset_config, split, column) if dataset is not None else None,
         vocabulary=Path(vocabulary) if vocabulary is not None else None,
         seeds=seeds,
         other_seeds=other_seeds,
@@ -89,3 +110,19 @@ def train(
         model_parallel=model_parallel,
     )
     return run(plan, Path(out))
+
+
+def join(coordinator: str, processes: int | None, process: int | None) -> None:
+    """Make this process one of several that train together. Raises InputError."""
+    import jax
+
+    try:
+        if coordinator == "auto":
+            jax.distributed.initialize()
+        else:
+            jax.distributed.initialize(coordinator, processes, process)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise InputError(
+            f"expected a coordinator HOST:PORT, the number of processes and which one this is; {reason}"
+        ) from None

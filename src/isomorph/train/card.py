@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from statistics import mean, median, stdev
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from isomorph.train.stream import Source
 
 TEMPLATE = """\
 ---
-license: cc0-1.0
 language: en
 pipeline_tag: text-generation
 tags: [{architecture}, isomorph]
 ---
 # {architecture}, {parameters:.1f} million parameters
 
-Trained from nothing by `isomorph train` (JAX) on {book_count} texts, {megabytes:.1f} MB; `data.csv` says where each
-comes from and its sha256. bfloat16, layout `transformers`.
+Trained from nothing by `isomorph train` (JAX) on {data}. bfloat16, layout `transformers`.
 
 | | |
 |---|---|
 {shape}
 
-| stage | steps | tokens | peak learning rate | last smoothed loss, nats per token | tokens per second |
-|---|---|---|---|---|---|
+| stage | steps | tokens | peak learning rate | last smoothed loss, nats per token | tokens per second | MFU |
+|---|---|---|---|---|---|---|
 {stages}
-{held_out}
+{held_out}{seeds}
 `training_record.jsonl` holds the course of the training, thinned; `training_loss.png` shows it.
 
 ![loss](training_loss.png)
@@ -35,6 +37,36 @@ On {tokens} held-out tokens ({size} bytes of text never trained on), with the we
 **{bits_per_byte:.3f} bits per byte**, {nats:.3f} nats per token, in windows of {window} tokens without overlap.
 """
 
+SEEDS = """
+| seed | steps | tokens | last smoothed loss | held-out bits per byte |
+|---|---|---|---|---|
+{rows}
+
+{spread}
+"""
+
+
+def seeds_table(seeds: Sequence[Mapping[str, float]]) -> str:
+    """A row a seed, and mean and spread of those that trained equally long; empty for one seed."""
+    if len(seeds) < 2:
+        return ""
+    rows = "\n".join(
+        f"| {row['seed']} | {row['step']:,} | {row['tokens']:,} | {row['smoothed_loss']:.3f} "
+        f"| {row.get('held_out_bits_per_byte', float('nan')):.3f} |"
+        for row in seeds
+    )
+    lines = []
+    for step in sorted({row["step"] for row in seeds}):
+        equal = [row for row in seeds if row["step"] == step]
+        if len(equal) > 1:
+            figures = [
+                f"{name} {mean(values):.4f} ± {stdev(values):.4f}"
+                for name, key in (("loss", "smoothed_loss"), ("held-out bits per byte", "held_out_bits_per_byte"))
+                if len(values := [row[key] for row in equal if key in row]) > 1
+            ]
+            lines.append(f"{len(equal)} seeds after {step:,} steps, mean ± standard deviation: {', '.join(figures)}.")
+    return SEEDS.format(rows=rows, spread="\n".join(lines))
+
 
 def model_card(
     settings: Mapping[str, Any],
@@ -43,15 +75,16 @@ def model_card(
     books: Sequence[Mapping[str, str]],
     parameters: int,
     seeds: Sequence[Mapping[str, float]],
+    source: Source | None = None,
 ) -> str:
     """Markdown. `settings` are the run's, `records` its metrics, `measured` the held-out figures (may be empty)."""
     stages = []
     for stage in dict.fromkeys(record["stage"] for record in records):
         own = [record for record in records if record["stage"] == stage and "loss" in record]
-        speeds = sorted(record["tokens_per_second"] for record in own)
+        speed, mfu = (median(record.get(key, 0.0) for record in own) for key in ("tokens_per_second", "mfu"))
         stages.append(
             f"| {stage} | {own[-1]['step']:,} | {own[-1]['tokens']:,} | {settings[stage]['learning_rate']:g} "
-            f"| {own[-1]['smoothed_loss']:.3f} | {speeds[len(speeds) // 2]:,.0f} |"
+            f"| {own[-1]['smoothed_loss']:.3f} | {speed:,.0f} | {mfu:.0%} |"
         )
     held_out = ""
     if measured:
@@ -63,11 +96,16 @@ def model_card(
             window=settings["text"]["sequence_length"],
         )
     books = [book for book in books if book["use"] == "training"]
+    if source is not None:
+        data = f"the column `{source.column}` of the dataset `{source.name}`, split `{source.split}`"
+    else:
+        megabytes = sum(int(book["bytes"]) for book in books) / 1e6
+        data = f"{len(books)} texts, {megabytes:.1f} MB; `data.csv` says where each\ncomes from and its sha256"
     return TEMPLATE.format(
         architecture=settings["architecture"],
         parameters=parameters / 1e6,
-        book_count=len(books),
-        megabytes=sum(int(book["bytes"]) for book in books) / 1e6,
+        data=data,
+        seeds=seeds_table(seeds),
         shape="\n".join(f"| {key} | {value} |" for key, value in settings["config"].items()),
         stages="\n".join(stages),
         held_out=held_out,

@@ -138,20 +138,25 @@ def token_dtype(vocabulary: Vocabulary) -> np.dtype:
     return np.dtype(np.uint16 if len(vocabulary.size_bytes) <= 2**16 else np.uint32)
 
 
-def windows(tokens: np.ndarray, batch_size: int, length: int, seed: int) -> Batches:
-    """Shuffled windows of `length` targets: each epoch cuts the tokens at another offset and in another order."""
+def windows(tokens: np.ndarray, batch_size: int, length: int, seed: int, share: tuple[int, int] = (0, 1)) -> Batches:
+    """Shuffled windows of `length` targets: each epoch cuts the tokens at another offset and in another order.
+
+    Of each batch `share` = (part, parts) takes one of so many equal parts: a process its own.
+    """
+    part, own = share[0], batch_size // share[1]
     count = (len(tokens) - 1 - length) // length
     if count < 1:
         raise InputError(f"expected at least {2 * length + 1} tokens of text; found {len(tokens)}; give more text")
 
     def batch(step: int) -> Batch:
         rows = []
-        for index in range(step * batch_size, (step + 1) * batch_size):
+        first = step * batch_size + part * own
+        for index in range(first, first + own):
             epoch, place = divmod(index, count)
             offset = int(np.random.default_rng((seed, epoch)).integers(length))
             start = offset + int(epoch_order(seed, epoch, count)[place]) * length
             rows.append(tokens[start : start + length + 1])
-        return Batch(np.stack(rows).astype(np.int32), np.ones((batch_size, length), bool))
+        return Batch(np.stack(rows).astype(np.int32), np.ones((own, length), bool))
 
     return batch
 

@@ -19,6 +19,7 @@ from isomorph.convert import convert
 from isomorph.frameworks.nnx_parameters import split
 from isomorph.train.card import model_card
 from isomorph.train.metrics import plot, read_metrics
+from isomorph.train.stream import Source
 
 #: Lines of the record that the folder carries; the whole of it stays with the run.
 RECORD_LINES = 400
@@ -34,6 +35,7 @@ def export(
     held_out: Sequence[Path],
     evaluate: Callable[[nnx.GraphDef, dict[str, jax.Array]], dict[str, float]] | None,
     seeds: Sequence[Mapping[str, float]],
+    source: Source | None = None,
 ) -> dict[str, float]:
     """Write `out/model` and return what was measured on it: all held-out text, with the weights rounded as shipped."""
     rounded = {name: value.astype(jnp.bfloat16) for name, value in parameters.items()}
@@ -41,15 +43,15 @@ def export(
     if evaluate is not None:
         graph, _ = split(nnx.eval_shape(lambda: make_model(rngs=nnx.Rngs(0))))
         measured = evaluate(graph, {name: value.astype(jnp.float32) for name, value in rounded.items()})
-    source = out / "flax"
-    source.mkdir(exist_ok=True)
-    save_file(rounded, source / "model.safetensors", metadata={"format": "flax"})
-    (source / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    flax = out / "flax"
+    flax.mkdir(exist_ok=True)
+    save_file(rounded, flax / "model.safetensors", metadata={"format": "flax"})
+    (flax / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
     tokenizer = [out / "vocab.txt"] if (out / "vocab.txt").is_file() else sorted((out / "tokenizer").iterdir())
     for file in tokenizer:
-        (source / file.name).write_bytes(file.read_bytes())
+        (flax / file.name).write_bytes(file.read_bytes())
     target = out / "model"
-    convert(source, target, to="transformers", force=True)
+    convert(flax, target, to="transformers", force=True)
     if tokenizer[0].name == "vocab.txt":
         (target / "vocab.txt").write_bytes(tokenizer[0].read_bytes())
     records = [*read_metrics(out / "text" / "metrics.jsonl"), *read_metrics(out / "chat" / "metrics.jsonl")]
@@ -61,13 +63,14 @@ def export(
     )
     plot(records, target / "training_loss.png")
     books = manifest(files, held_out)
-    with (target / "data.csv").open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(books[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(books)
+    if books:
+        with (target / "data.csv").open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, list(books[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(books)
     count = sum(value.size for value in parameters.values())
     settings = json.loads((out / "settings.json").read_text())
-    (target / "README.md").write_text(model_card(settings, records, measured, books, count, seeds))
+    (target / "README.md").write_text(model_card(settings, records, measured, books, count, seeds, source))
     return measured
 
 

@@ -6,8 +6,9 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
@@ -22,15 +23,23 @@ if TYPE_CHECKING:
 
 
 class MetricsLog:
-    """Appends JSON lines to a file; lines of steps after `first`, which a resumed run repeats, are dropped."""
+    """Appends JSON lines to a file; lines of steps after `first`, which a resumed run repeats, are dropped.
+
+    Of several processes only the first one writes.
+    """
 
     def __init__(self, path: Path, stage: str, first: int) -> None:
+        import jax
+
+        self.stage = stage
+        if jax.process_index() > 0:
+            self.stream: TextIO = StringIO()
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [record for record in read_metrics(path) if record["step"] <= first]
         partial = path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
         partial.replace(path)
-        self.stage = stage
         self.stream = path.open("a", buffering=1)
 
     def __enter__(self) -> MetricsLog:
@@ -115,7 +124,7 @@ def last_losses(folder: Path, seed: int) -> dict[str, float]:
 
 
 def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """The loss and the held-out bits per byte over the steps, as a small PNG."""
+    """The loss, raw (pale) and smoothed, and the held-out bits per byte over the steps, as a small PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.5), layout="constrained")
@@ -124,7 +133,8 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
     offset = 0
     for stage in dict.fromkeys(record["stage"] for record in records):
         own = [record for record in records if record["stage"] == stage]
-        left.plot(*_curve(own, "smoothed_loss", offset), linewidth=1, label=f"{stage}: smoothed loss")
+        (line,) = left.plot(*_curve(own, "smoothed_loss", offset), linewidth=1.2, label=f"{stage}: smoothed loss")
+        left.plot(*_curve(own, "loss", offset), linewidth=0.4, alpha=0.35, color=line.get_color(), zorder=1)
         right.plot(*_curve(own, "held_out_bits_per_byte", offset), ".--", linewidth=0.8, label=f"{stage}: held-out")
         offset += max(record["step"] for record in own)
     left.set(xlabel="step", ylabel="nats per token")

@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from hashlib import sha256
 from inspect import signature
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from isomorph import architectures
 from isomorph.architectures.base import Architecture
 from isomorph.errors import InputError, did_you_mean
 from isomorph.train.conversations import ChatIds, conversations, mixed
-from isomorph.train.data import FORMATS, paragraphs, text_files, tokenize, windows
+from isomorph.train.data import FORMATS, paragraphs, read_text, text_files, tokenize, windows
 from isomorph.train.export import export
 from isomorph.train.metrics import held_out_evaluation, last_losses
 from isomorph.train.settings import Settings
+from isomorph.train.stream import VOCABULARY_DOCUMENTS, Source, streamed
 from isomorph.train.trainer import train
-from isomorph.train.vocabulary import END_OF_TEXT, check_vocabulary, prepare_vocabulary, special_tokens
+from isomorph.train.vocabulary import (
+    END_OF_TEXT,
+    check_vocabulary,
+    prepare_vocabulary,
+    special_tokens,
+    vocabulary_file,
+)
 
 #: Windows that stand for all held-out text while training goes on.
 HELD_OUT_ROWS = 64
@@ -61,6 +71,7 @@ class Plan:
     chat_data: Sequence[Path] = ()
     held_out: Sequence[Path] = ()
     form: str = "plain"
+    source: Source | None = None
     vocabulary: Path | None = None
     seeds: int = 1
     other_seeds: float = 1.0
@@ -91,27 +102,34 @@ def run(plan: Plan, out: Path) -> Run:
         raise InputError(f"expected an architecture with a chat template for a second stage; found {plan.architecture}")
     if plan.vocabulary is not None:
         check_vocabulary(plan.vocabulary, architecture, parsed)
-    out.mkdir(parents=True, exist_ok=True)
-    same_run(
-        out / "settings.json",
-        {
-            "architecture": plan.architecture,
-            "config": parsed.to_dict(),
-            "text": asdict(text),
-            "chat": asdict(chat) if chat else None,
-            "data": digests(files),
-            "chat_data": digests(chat_files),
-            "vocabulary": digests([plan.vocabulary] if plan.vocabulary else []),
-            "form": plan.form,
-        },
-    )
-    vocabulary = prepare_vocabulary(plan.vocabulary, architecture, parsed, files, documents, out)
-    tokens = tokenize(files, vocabulary, out / "tokens.bin", documents)
+    if plan.source is not None:
+        next(plan.source.texts(), None)  # a name that is none is refused before anything is written
+    made_of = {
+        "architecture": plan.architecture,
+        "config": parsed.to_dict(),
+        "text": asdict(text),
+        "chat": asdict(chat) if chat else None,
+        "data": [asdict(plan.source)] if plan.source else digests(files),
+        "chat_data": digests(chat_files),
+        "vocabulary": digests([vocabulary_file(plan.vocabulary)] if plan.vocabulary else []),
+        "form": plan.form,
+    }
+    with first_process_first():
+        out.mkdir(parents=True, exist_ok=True)
+        same_run(out / "settings.json", made_of)
+        vocabulary = prepare_vocabulary(plan.vocabulary, architecture, parsed, partial(_texts, plan, files), out)
+        tokens = tokenize(files, vocabulary, out / "tokens.bin", documents) if files else None
     measure = partial(held_out_evaluation, held_out, vocabulary, text.sequence_length, documents)
     train_stage = partial(train, make_model, mesh=mesh, evaluate=measure(rows=HELD_OUT_ROWS) if held_out else None)
+    share = jax.process_index(), jax.process_count()
 
     def train_text(settings: Settings, folder: Path) -> dict[str, jax.Array]:
-        batches = windows(tokens, settings.batch_size, settings.sequence_length, settings.seed)
+        if tokens is not None:
+            batches = windows(tokens, settings.batch_size, settings.sequence_length, settings.seed, share)
+        else:
+            assert plan.source is not None
+            read, own = partial(plan.source.texts, share=share), settings.batch_size // share[1]
+            batches = streamed(read, vocabulary, out / f"stream{share[0]}.bin", own, settings.sequence_length)
         return train_stage(batches, settings, folder, stage="text")
 
     parameters = train_text(text, out / "text")
@@ -130,9 +148,14 @@ def run(plan: Plan, out: Path) -> Run:
         start = with_fresh_rows(parameters, parsed.vocab_size, fresh, chat.seed)
         parameters = train_stage(batches, chat, out / "chat", stage="chat", start=start)
     seeds = [last_losses(folder, text.seed + number) for number, folder in enumerate(seed_folders(out, plan))]
-    measured = export(
-        architecture, parsed, parameters, make_model, out, files, held_out, measure() if held_out else None, seeds
-    )
+    parameters = everywhere(parameters)
+    measured: dict[str, float] = {}
+    with first_process_first():
+        if jax.process_index() == 0:
+            evaluate = measure() if held_out else None
+            measured = export(
+                architecture, parsed, parameters, make_model, out, files, held_out, evaluate, seeds, plan.source
+            )
     return Run(
         path=out / "model",
         architecture=plan.architecture,
@@ -144,6 +167,31 @@ def run(plan: Plan, out: Path) -> Run:
         held_out_nats_per_token=measured.get("held_out_nats_per_token"),
         seeds=seeds,
     )
+
+
+@contextmanager
+def first_process_first() -> Iterator[None]:
+    """The first process goes through the block alone; the others follow and find what it wrote in the shared folder."""
+    if jax.process_count() == 1:
+        yield
+        return
+    if jax.process_index() > 0:
+        multihost_utils.sync_global_devices("first process")
+    yield
+    if jax.process_index() == 0:
+        multihost_utils.sync_global_devices("first process")
+
+
+def everywhere(parameters: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The parameters as every process can read them."""
+    return parameters if jax.process_count() == 1 else multihost_utils.process_allgather(parameters, tiled=True)
+
+
+def _texts(plan: Plan, files: Sequence[Path]) -> Iterator[str]:
+    """The texts that a vocabulary is learned from."""
+    if plan.source is not None:
+        return islice(plan.source.texts(), VOCABULARY_DOCUMENTS)
+    return (text for file in files for text in FORMATS[plan.form](read_text(file)))
 
 
 def seed_folders(out: Path, plan: Plan) -> list[Path]:
@@ -217,6 +265,11 @@ def _mesh(plan: Plan) -> Mesh | None:
                 f"expected a batch_size, divided by accumulate, that divides over {sharing} devices; "
                 f"found {settings.batch_size} and {settings.accumulate}"
             )
+    if jax.process_count() > 1 and jax.local_device_count() % plan.model_parallel:
+        raise InputError(
+            f"expected model_parallel to divide the {jax.local_device_count()} devices of each process; "
+            f"found {plan.model_parallel}"
+        )
     if len(devices) == 1:
         return None
     return Mesh(devices.reshape(-1, plan.fsdp, plan.model_parallel), ("data", "fsdp", "model"))

@@ -9,7 +9,11 @@ from isomorph.errors import InputError
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train. `learning_rate` is the peak; `warmup_steps` lead to it, a cosine leads away from it."""
+    """How to train. `learning_rate` is the peak; `warmup_steps` lead to it, a cosine leads away from it.
+
+    `peak_flops` is what all devices can do a second, for MFU; None measures it. `accumulate` parts of a batch are
+    computed one after the other; with `remat` the backward pass computes the inside of blocks again.
+    """
 
     steps: int
     batch_size: int = 8
@@ -24,6 +28,7 @@ class Settings:
     accumulate: int = 1
     dtype: str = "float32"
     remat: bool = False
+    peak_flops: float | None = None
     seed: int = 0
     log_every: int = 10
     evaluate_every: int = 250

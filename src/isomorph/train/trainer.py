@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from isomorph.errors import InputError
 from isomorph.frameworks.nnx_parameters import merge, partition_specs, split
 from isomorph.progress import progress
-from isomorph.train.data import Batches
+from isomorph.train.data import Batch, Batches
+from isomorph.train.flops import measured_peak_flops, model_flops_per_token
 from isomorph.train.loss import summed_loss
 from isomorph.train.metrics import MetricsLog
 from isomorph.train.optimizer import adamw, warmup_cosine
@@ -44,7 +48,7 @@ def make_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation, accu
             return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_of)(state["parameters"], *part)), None
 
         nothing = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state["parameters"]))
-        (loss, gradients), _ = jax.lax.scan(add, nothing, parts)
+        (loss, gradients), _ = jax.lax.scan(add, nothing, parts) if accumulate > 1 else add(nothing, (ids, counted))
         # One mean over all targets of the step, however it was cut into parts.
         count = jnp.maximum(jnp.sum(counted), 1)
         loss, gradients = loss / count, jax.tree.map(lambda gradient: gradient / count, gradients)
@@ -77,38 +81,33 @@ def train(
     `make_model(dtype=, rngs=)` builds the model; `start` replaces its random parameters. `out` gets `checkpoints/` and
     `metrics.jsonl`; when it holds a checkpoint, training goes on from there, step for step as if it had never stopped.
     `evaluate(graph, parameters)` gives numbers for the log. With a `mesh` of axes ("data", "fsdp", "model") the
-    batch is split over the first two and the matrices over the last two.
+    batch is split over the first two and the matrices over the last two; each process gives its share of the rows.
     """
     model = make_model(dtype=jnp.dtype(settings.dtype), rngs=nnx.Rngs(settings.seed))
     graph, parameters = split(model)
     if start is not None:
         parameters = {name: jnp.asarray(start[name], value.dtype) for name, value in parameters.items()}
-    batch_sharding = None
-    if mesh is not None:
-        specs = partition_specs(model)
-        parameters = jax.device_put(parameters, {name: NamedSharding(mesh, spec) for name, spec in specs.items()})
-        batch_sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     schedule = warmup_cosine(
         settings.learning_rate, settings.steps, settings.warmup_steps, settings.final_learning_rate_fraction
     )
     optimizer = adamw(schedule, settings.beta1, settings.beta2, settings.weight_decay, settings.clip)
-    state = initial_state(parameters, optimizer)
+    state = initial_state(parameters, optimizer, None if mesh is None else placed(model, mesh))
     step_once = make_step(graph, optimizer, settings.accumulate)
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     with ocp.CheckpointManager((out / "checkpoints").resolve(), options=options) as checkpoints:
         if checkpoints.latest_step() is not None:
             state = checkpoints.restore(checkpoints.latest_step(), args=ocp.args.StandardRestore(state))
         first = int(state["step"])
-        speed = Speed(first, settings.batch_size * settings.sequence_length)
+        speed = Speed(first, settings, model_flops_per_token(graph, state["parameters"], settings))
         with (
             MetricsLog(out / "metrics.jsonl", stage, first) as log,
             progress(stage, settings.steps, "steps") as advance,
+            patience() as interrupted,
         ):
             advance(first)
             for done in range(first + 1, settings.steps + 1):
                 batch = batches(done - 1)
-                ids, counted = jax.device_put((batch.ids, batch.counted), batch_sharding)
-                state, loss, gradient_norm = step_once(state, ids, counted)
+                state, loss, gradient_norm = step_once(state, *on_devices(batch, mesh))
                 advance(1)
                 if _due(done, settings.log_every, settings):
                     smoothed = _finite(float(state["smoothed_loss"]), done)
@@ -118,37 +117,86 @@ def train(
                 if evaluate is not None and _due(done, settings.evaluate_every, settings):
                     log.write(done, evaluate(graph, state["parameters"]))
                     speed.restart(done)
-                if _due(done, settings.checkpoint_every, settings):
+                if _due(done, settings.checkpoint_every, settings) or interrupted():
                     checkpoints.save(done, args=ocp.args.StandardSave(state))
                     speed.restart(done)
+                if interrupted():
+                    raise KeyboardInterrupt
     return state["parameters"]
 
 
-def initial_state(parameters: Parameters, optimizer: optax.GradientTransformation) -> State:
+@contextmanager
+def patience() -> Iterator[Callable[[], bool]]:
+    """Within, Ctrl-C waits for the step in progress: the function says whether it came. A second one does not wait."""
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False  # only the main thread hears signals
+        return
+
+    def heard(number: int, frame: Any) -> None:
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    before = signal.signal(signal.SIGINT, heard)
+    try:
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def on_devices(batch: Batch, mesh: Mesh | None) -> tuple[jax.Array, jax.Array]:
+    """ids and counted; with a mesh, `batch` is this process' share of the rows, which all devices have a part of."""
+    if mesh is None:
+        return jnp.asarray(batch.ids), jnp.asarray(batch.counted)
+    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    ids, counted = (jax.make_array_from_process_local_data(rows, part) for part in (batch.ids, batch.counted))
+    return ids, counted
+
+
+def placed(model: nnx.Module, mesh: Mesh) -> dict[str, NamedSharding]:
+    """Where each parameter lies."""
+    return {name: NamedSharding(mesh, spec) for name, spec in partition_specs(model).items()}
+
+
+def initial_state(
+    parameters: Parameters,
+    optimizer: optax.GradientTransformation,
+    shardings: Mapping[str, NamedSharding] | None = None,
+) -> State:
     """The state before the first step; the optimizer's part lies on devices as the parameters do."""
+    step, smoothed = jnp.zeros((), jnp.int32), jnp.zeros(())
+    if shardings is not None:
+        whole = NamedSharding(next(iter(shardings.values())).mesh, PartitionSpec())
+        parameters = jax.device_put(parameters, dict(shardings))
+        step, smoothed = jax.device_put((step, smoothed), whole)
     return {
         "parameters": parameters,
         "optimizer": jax.jit(optimizer.init)(parameters),
-        "step": jnp.zeros((), jnp.int32),
-        "smoothed_loss": jnp.zeros(()),
+        "step": step,
+        "smoothed_loss": smoothed,
     }
 
 
 class Speed:
-    """Tokens seen, and tokens a second of training alone: a measurement or a checkpoint in between does not count."""
+    """Tokens seen, tokens a second of training alone (a measurement or a checkpoint in between does not count), and
+    MFU: what the model's matrix products need at that rate, as a share of the devices' peak."""
 
-    def __init__(self, step: int, tokens_per_step: int) -> None:
-        self.tokens_per_step = tokens_per_step
+    def __init__(self, step: int, settings: Settings, flops_per_token: float) -> None:
+        self.tokens_per_step = settings.batch_size * settings.sequence_length
+        self.flops_per_token = flops_per_token
+        self.peak = settings.peak_flops or jax.device_count() * measured_peak_flops(settings.dtype)
         self.restart(step)
 
     def restart(self, step: int) -> None:
         self.since, self.started = step, time.perf_counter()
 
     def measure(self, step: int) -> dict[str, float]:
-        """`tokens` since step 0 and `tokens_per_second` since the last call or restart."""
+        """`tokens` since step 0; `tokens_per_second` and `mfu` since the last call or restart."""
         per_second = (step - self.since) * self.tokens_per_step / (time.perf_counter() - self.started)
         self.restart(step)
-        return {"tokens": step * self.tokens_per_step, "tokens_per_second": per_second}
+        tokens = step * self.tokens_per_step
+        return {"tokens": tokens, "tokens_per_second": per_second, "mfu": per_second * self.flops_per_token / self.peak}
 
 
 def _due(step: int, every: int, settings: Settings) -> bool:

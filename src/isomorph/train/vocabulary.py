@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -16,7 +16,6 @@ import numpy as np
 from isomorph.architectures.talkie.tokenizer import SPLIT, byte_characters, read_vocabulary
 from isomorph.errors import InputError
 from isomorph.tokenizer import FAST, copy_tokenizer, load_tokenizer, own_module
-from isomorph.train.data import Documents, read_text
 
 if TYPE_CHECKING:
     import tiktoken
@@ -56,25 +55,29 @@ def check_vocabulary(given: Path, architecture: Architecture, config: Any) -> No
         fast_vocabulary(given, config.vocab_size)
 
 
+def vocabulary_file(given: Path) -> Path:
+    """The file that says what a vocabulary is: `given`, or the tokenizer.json of a folder."""
+    return given / FAST if given.is_dir() else given
+
+
 def prepare_vocabulary(
-    given: Path | None, architecture: Architecture, config: Any, files: Sequence[Path], documents: Documents, out: Path
+    given: Path | None, architecture: Architecture, config: Any, texts: Callable[[], Iterable[str]], out: Path
 ) -> Vocabulary:
-    """The run's vocabulary, in `out/vocab.txt` or `out/tokenizer`: the one `given`, or one learned from the files."""
-    texts = (text for file in files for text in documents(read_text(file)))
+    """The run's vocabulary, in `out/vocab.txt` or `out/tokenizer`: the one `given`, or one learned from `texts()`."""
     specials = special_tokens(architecture, config)
     if specials:
         target = out / "vocab.txt"
         if given is not None:
             target.write_bytes(given.read_bytes())
         elif not target.is_file():
-            save_vocabulary(learn_vocabulary(texts, config.vocab_size - len(specials)), target)
+            save_vocabulary(learn_vocabulary(texts(), config.vocab_size - len(specials)), target)
         return tiktoken_vocabulary(target, specials[END_OF_TEXT], config.vocab_size)
     target = out / "tokenizer"
     if given is not None:
         target.mkdir(exist_ok=True)
         copy_tokenizer(given, target, None, config)
     elif not (target / FAST).is_file():
-        learn_fast(texts, config.vocab_size, target, config.max_position_embeddings)
+        learn_fast(texts(), config.vocab_size, target, config.max_position_embeddings)
     return fast_vocabulary(target, config.vocab_size)
 
 
