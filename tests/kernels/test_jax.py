@@ -98,20 +98,19 @@ def test_results_have_the_dtype_of_the_activations(dtype, extension):
 @pytest.mark.parametrize("mode", MODES)
 def test_rows_dequantize_with_one_rounding(mode):
     settings = Settings.of(mode=mode)
+    call = jax.jit(kernels.dequantize_rows, static_argnums=(4, 5, 6, 7))
+    ids = np.array([[28, 0], [-1, 29]])
     for dtype in TORCH:
         case = make(3, (29, settings.group_size * 3), settings, dtype)
-        ids = np.array([[28, 0], [7, 7]])
-        rows = kernels.dequantize_rows(*arrays(case), ids, *case.arguments[3:], jnp.dtype(dtype))
-        expected = torch.from_numpy(case.values.astype(np.float32))[ids].to(TORCH[dtype])
-        assert torch.equal(tensor(rows), expected.float())
-    outside = kernels.dequantize_rows(*arrays(case), jnp.array([-1, 29, 0]), *case.arguments[3:])
-    assert jnp.isnan(outside[:2]).all()
-    assert jnp.isfinite(outside[2]).all()
+        rows = tensor(call(*arrays(case), ids, *case.arguments[3:], dtype))
+        expected = torch.from_numpy(case.values.astype(np.float32))[ids[0]].to(TORCH[dtype])
+        assert torch.equal(rows[0], expected.float())
+        assert rows[1].isnan().all()
 
 
 @pytest.mark.parametrize("extension", EXTENSION)
 @pytest.mark.parametrize("mode", ["affine", "mxfp4"])
-@pytest.mark.parametrize("tokens", [1, 2, 80])
+@pytest.mark.parametrize("tokens", [2, 80])
 def test_only_chosen_experts_are_read(tokens, mode, extension):
     settings = Settings.of(mode=mode)
     case = make(8, (5, 24, 128), settings)

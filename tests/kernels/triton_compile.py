@@ -34,8 +34,7 @@ def compile_for(kernel, settings: Settings, experts: bool, **constants) -> dict:
 
 
 def main() -> None:
-    formats = Settings(4, 64), Settings(5, 32), Settings(4, 32, "mxfp4"), Settings(4, 16, "nvfp4")
-    for settings, experts in zip(formats, (False, True, True, False)):
+    for settings, experts in ((Settings(4, 64), False), (Settings(5, 32), True)):
         units = kernels.COLUMNS // kernels._unit(settings)[1]
         tile = kernels._tile(8 if experts else 512, torch.bfloat16, settings.group_size)
         one = compile_for(kernels._one_row, settings, experts, ROWS=kernels.ROWS, UNITS=units)
