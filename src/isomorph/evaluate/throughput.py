@@ -200,7 +200,8 @@ def stored_arrays(model: Any) -> list[tuple[str, tuple[int, ...], int]]:
     elif model.framework == "mlx":
         from mlx.utils import tree_flatten
 
-        for name, array in tree_flatten(model.module.parameters()):
+        leaves: Any = tree_flatten(model.module.parameters())
+        for name, array in leaves:
             add(id(array), name, array)
     else:
         for name, array in model.parameters.items():
@@ -211,8 +212,8 @@ def stored_arrays(model: Any) -> list[tuple[str, tuple[int, ...], int]]:
 def cache_bytes(model: Model, held: int) -> int:
     """Bytes of the keys and values that one row reads when it holds `held` tokens."""
     config = text_config(model)
-    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 0)
-    width = getattr(config, "head_dim", None)
+    heads: Any = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 0)
+    width: Any = getattr(config, "head_dim", None)
     if width is None:
         width = getattr(config, "hidden_size", 0) // max(1, getattr(config, "num_attention_heads", 1))
     window = getattr(config, "sliding_window", None) or held
@@ -223,7 +224,7 @@ def cache_bytes(model: Model, held: int) -> int:
 
 def text_config(model: Any) -> Any:
     """The config that has the decoder's sizes, whatever the framework keeps."""
-    config = model.module.config if model.framework == "torch" else getattr(model, "config", None)
+    config: Any = model.module.config if model.framework == "torch" else getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 

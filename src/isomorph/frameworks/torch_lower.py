@@ -124,7 +124,7 @@ class Program:
             self._elementwise("clamp", out, arguments[0], p=float(bounds[0]), q=float(bounds[1]))
         elif function in BINARY:
             factor = arguments[2] if len(arguments) > 2 else node.options.get("alpha", 1)
-            self._elementwise(BINARY[function], out, *arguments[:2], p=float(factor))
+            self._elementwise(BINARY[function], out, arguments[0], arguments[1], p=float(factor))
         elif function == aten.cat.default:
             self._join(node)
         elif function in REDUCTIONS and list(arguments[1]) in ([-1], [arguments[0].ndim - 1]):

@@ -31,6 +31,9 @@ SMALLEST_ROOM = 256
 class SlotLayer(DynamicLayer):
     """Keys and values [B, H, S, K] at the front of buffers with room for more, so that a token copies only itself."""
 
+    keys: Any
+    values: Any
+
     def __init__(self, room: int) -> None:
         super().__init__()
         self.room = room
@@ -74,7 +77,7 @@ class SlotCache(Cache):
     A step outside of torch writes into the next slot and counts it with `advance`; `settle` tells the layers.
     """
 
-    layers: list[SlotLayer]
+    layers: Any
 
     def __init__(self, room: int | None) -> None:
         super().__init__(layer_class_to_replicate=SlotLayer)
