@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from isomorph.errors import InputError
 from isomorph.frameworks.nnx_parameters import merge, partition_specs, split
 from isomorph.progress import progress
+from isomorph.train.checkpoints import open_checkpoints
 from isomorph.train.data import Batch, Batches
 from isomorph.train.flops import measured_peak_flops, model_flops_per_token
 from isomorph.train.loss import summed_loss
@@ -83,7 +83,7 @@ def train(
     `evaluate(graph, parameters)` gives numbers for the log. With a `mesh` of axes ("data", "fsdp", "model") the
     batch is split over the first two and the matrices over the last two; each process gives its share of the rows.
     """
-    model = make_model(dtype=jnp.dtype(settings.dtype), rngs=nnx.Rngs(settings.seed))
+    model: Any = make_model(dtype=jnp.dtype(settings.dtype), rngs=nnx.Rngs(settings.seed))
     graph, parameters = split(model)
     if start is not None:
         parameters = {name: jnp.asarray(start[name], value.dtype) for name, value in parameters.items()}
@@ -93,10 +93,8 @@ def train(
     optimizer = adamw(schedule, settings.beta1, settings.beta2, settings.weight_decay, settings.clip)
     state = initial_state(parameters, optimizer, None if mesh is None else placed(model, mesh))
     step_once = make_step(graph, optimizer, settings.accumulate)
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-    with ocp.CheckpointManager((out / "checkpoints").resolve(), options=options) as checkpoints:
-        if checkpoints.latest_step() is not None:
-            state = checkpoints.restore(checkpoints.latest_step(), args=ocp.args.StandardRestore(state))
+    with open_checkpoints(out / "checkpoints", model.config.to_dict()) as checkpoints:
+        state = checkpoints.latest(state)
         first = int(state["step"])
         speed = Speed(first, settings, model_flops_per_token(graph, state["parameters"], settings))
         with (
@@ -118,7 +116,7 @@ def train(
                     log.write(done, evaluate(graph, state["parameters"]))
                     speed.restart(done)
                 if _due(done, settings.checkpoint_every, settings) or interrupted():
-                    checkpoints.save(done, args=ocp.args.StandardSave(state))
+                    checkpoints.save(done, state)
                     speed.restart(done)
                 if interrupted():
                     raise KeyboardInterrupt
