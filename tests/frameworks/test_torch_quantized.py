@@ -16,8 +16,10 @@ from safetensors.numpy import load_file, save_file
 import isomorph
 from conftest import assert_logits_close
 from frameworks.random_models import MODELS, VOCABULARY, random_folder, with_matrices
+from isomorph import evaluate
 from isomorph.errors import InputError
 from isomorph.frameworks.torch_quantized import torch_view
+from isomorph.pocket import heldout_text
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("mlx_lm")
@@ -281,3 +283,18 @@ def test_fast_is_another_result_and_other_numerics_are_refused(quick):
 def test_views_do_not_copy():
     array = np.arange(6, dtype=np.uint32)
     assert torch_view(array).data_ptr() == array.ctypes.data
+
+
+def test_fast_adds_no_divergence_that_counts(tmp_path):
+    """On the pocket model in 4 bits, over held-out text; what 4 bits themselves cost is the control."""
+    isomorph.quantize("pocket:talkie", tmp_path / "four", bits=4)
+    reference = isomorph.load("pocket:talkie", dtype="float32")
+
+    def divergence(numerics: str) -> float:
+        model = isomorph.load(tmp_path / "four", dtype="float32", numerics=numerics)
+        record = evaluate.divergence(reference, model, heldout_text(), window=256, stride=256, limit=1024)
+        return record.results["kl_nats_per_token"]
+
+    exact, fast = divergence("exact"), divergence("fast")
+    assert exact != fast
+    assert abs(fast - exact) <= 1e-3 < exact
