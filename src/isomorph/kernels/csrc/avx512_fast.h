@@ -7,6 +7,9 @@
 namespace isomorph {
 namespace {
 
+// sum += codes . x in each 32-bit lane. GCC 12 copies and spills the sums of the intrinsic.
+inline void add_dot(__m512i& sum, __m512i codes, __m512i x) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(x)); }
+
 // 64 codes -> 64 bytes in order. fp4 elements are doubled and raised to 0..24.
 template <int bits, bool fp4 = false>
 struct CodeBytes {
@@ -126,7 +129,7 @@ __attribute__((noinline)) void fast_block(const Weights& w, RowSet n, const Code
         for (int m = 0; m < M; ++m) {
           const __m512i value = _mm512_loadu_si512(from + m * x.stride);
 #pragma GCC unroll 4
-          for (int r = 0; r < kStreams; ++r) dot[r][m] = _mm512_dpbusd_epi32(dot[r][m], codes[r], value);
+          for (int r = 0; r < kStreams; ++r) add_dot(dot[r][m], codes[r], value);
         }
       }
 #pragma GCC unroll 4
