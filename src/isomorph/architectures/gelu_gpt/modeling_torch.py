@@ -459,7 +459,8 @@ class GeluGPTModel(GeluGPTPreTrainedModel):
         """`input_ids` [B, T] -> normalised output [B, T, D]. Embeddings cannot stand for ids: layers look these up too.
 
         `attention_mask` marks tokens with 1 and padding with 0: [B, S] over cached and new tokens or [B, T] over the
-        new ones only; padding may stand anywhere. A dictionary is what `create_masks_for_generate` made.
+        new ones only; padding between tokens takes room in their windows. A dictionary is what
+        `create_masks_for_generate` made.
         `position_ids` [B, T] count only tokens when not given.
         """
         config = self.config
