@@ -43,9 +43,9 @@ def build(**overrides: Any) -> modeling_mlx.Model:
     return model
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def model(request: pytest.FixtureRequest) -> modeling_mlx.Model:
-    return build(rope_table_dtype=request.param)
+@pytest.fixture(scope="module")
+def model() -> modeling_mlx.Model:
+    return build()
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +231,16 @@ def test_a_fault_in_what_smear_remembers_of_a_batch_shows(
     batch.keep([2, 1])
     fault(batch.cache)
     assert batch.decode(1) > 100
+
+
+@pytest.mark.parametrize("tables", ["float32", "bfloat16"])
+def test_either_rotation_turns_each_row_from_its_own_place(tables: str) -> None:
+    trunk = build(rope_table_dtype=tables).model
+    x, places = mx.random.normal((3, 4, 5, 12), key=mx.random.key(0)), [0, 7, 200]
+    turned = np.array(trunk.rope(5, mx.array(places))(x))
+    alone = np.concatenate([np.array(trunk.rope(5, place)(x[row : row + 1])) for row, place in enumerate(places)])
+    assert np.abs(turned - alone).max() < 1e-6
+    assert np.abs(turned - np.array(trunk.rope(5, 7)(x))).max() > 0.1
 
 
 def test_rows_that_share_an_offset_would_be_seen(model: nn.Module, ids: np.ndarray, expected: np.ndarray) -> None:
