@@ -110,7 +110,7 @@ def test_packed_sequences_do_not_see_each_other(model: Any, ids: Any, expected: 
         assert_logits_close(logits(model, packed, use_cache=False)[:, 90:], expected[1:])
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", pytest.param("flex_attention", marks=pytest.mark.full)])
 def test_attention_implementations(model: Any, ids: Any, expected: np.ndarray, implementation: str) -> None:
     model.set_attn_implementation(implementation)
     try:
