@@ -397,10 +397,8 @@ class GeluGPTModel(nnx.Module):
         many tokens each row holds already; a ring must have room for its window and the T tokens.
         """
         config = self.config
-        if lengths is None:
-            lengths = jnp.zeros(1, jnp.int32)
-        if mask is None:
-            mask = jnp.ones((1, ids.shape[1]), bool)
+        lengths = jnp.zeros(1, jnp.int32) if lengths is None else lengths
+        mask = jnp.ones((1, ids.shape[1]), bool) if mask is None else mask
         positions = lengths[:, None] + jnp.cumsum(mask, axis=1) - 1  # [B, T]
         tables = rope_tables(config.max_position_embeddings, config.head_dim, config.rope_base, config.rope_table_dtype)
         # A position past the table gives NaN, which no reader takes for an answer.
@@ -446,8 +444,7 @@ class GeluGPTModel(nnx.Module):
     @staticmethod
     def mix(x: jax.Array, scale: Any, other: jax.Array, other_scale: Any) -> jax.Array:
         """scale * x + other_scale * other, in float32, in x's dtype."""
-        mixed = scale * x.astype(jnp.float32) + other_scale * other.astype(jnp.float32)
-        return mixed.astype(x.dtype)
+        return (scale * x.astype(jnp.float32) + other_scale * other.astype(jnp.float32)).astype(x.dtype)
 
 
 class GeluGPTForCausalLM(GeluGPTModel):
