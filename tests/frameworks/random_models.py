@@ -48,7 +48,6 @@ MODELS: dict[str, dict] = {
     "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 8},
     "phi": {"partial_rotary_factor": 0.5},
     "phi3": {},
-    "olmo": {},
     "olmo2": {},
     "olmoe": {"num_experts": 4, **EXPERTS},
     "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 64, "head_dim": 32, **EXPERTS},
