@@ -22,6 +22,13 @@ inline __m512i load_bytes(const uint8_t* p, int64_t count) {
   return _mm512_maskz_loadu_epi8(count >= 64 ? ~__mmask64(0) : (__mmask64(1) << count) - 1, p);
 }
 
+// Lanes 0-7 hold the first of two floats, lanes 8-15 the second.
+inline __m512 spread_pair(const float* pair) {
+  const __m512i halves = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+  const __m128i two = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(pair));
+  return _mm512_permutexvar_ps(halves, _mm512_castps128_ps512(_mm_castsi128_ps(two)));
+}
+
 inline __m128i load_16(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
 inline __m256i load_32(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 
@@ -160,13 +167,10 @@ struct Nvfp4Weights {
   static constexpr int column(int j, int lane) { return 2 * lane + j; }
 
   __m512 elements = TableWeights<4, 32, true>().elements;
-  __m512i halves = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
   static Codes load(const uint8_t* p, int64_t left) {
     return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first_lanes(left / 2), p));
   }
-  Terms terms(const float* scale, const float*) const {
-    return _mm512_permutexvar_ps(halves, _mm512_castps128_ps512(_mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(scale)))));
-  }
+  static Terms terms(const float* scale, const float*) { return spread_pair(scale); }
   __m512 weight(__m512i codes, int j, Terms scale) const {
     return _mm512_mul_ps(_mm512_permutexvar_ps(Lanes<4, 2>::at(codes, j), elements), scale);
   }

@@ -91,7 +91,6 @@ template <class Codes, int group, int M>
 __attribute__((noinline)) void fast_block(const Weights& w, RowSet n, const CodedRows& x, int64_t m0, const Rows& rows) {
   constexpr bool halves = group == 32;
   const int64_t groups = w.groups();
-  const __m512i spread = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
   __m512 total[kStreams][M];
   const uint8_t* code[kStreams];
   for (int r = 0; r < kStreams; ++r) {
@@ -137,7 +136,7 @@ __attribute__((noinline)) void fast_block(const Weights& w, RowSet n, const Code
 #pragma GCC unroll 4
         for (int m = 0; m < M; ++m) {
           __m512 factor = _mm512_set1_ps(scale[r][m][g]);
-          if constexpr (halves) factor = _mm512_permutexvar_ps(spread, _mm512_castps128_ps512(_mm_loadu_ps(&scale[r][m][g])));
+          if constexpr (halves) factor = spread_pair(&scale[r][m][g]);
           total[r][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[r][m]), factor, total[r][m]);
         }
     }
