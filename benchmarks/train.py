@@ -1,0 +1,151 @@
+"""Tokens a second of a training step, next to nanochat's own step in PyTorch, at equal shape and batch.
+
+    python benchmarks/train.py NANOCHAT [--depth 4] [--vocab-size 4096] [--seq-len 512] [--batch 4] [--rounds 7]
+                               [--optimizer adamw | own] [--eager]
+
+NANOCHAT is a checkout of github.com/karpathy/nanochat. Its step is forward, backward and update, compiled as its
+training script does (`--eager`: as it is), in float32, what it takes on a CPU; `own` is its Muon with AdamW. Each
+trains in a process of its own and they take turns, so that neither is measured in quieter times than the other.
+Medians; the last line is one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+WARM_UP = 2
+
+
+def nanochat_step(options: argparse.Namespace) -> Callable[[], None]:
+    """One step of nanochat's model; its head is a matrix of its own, ours is tied: a product of the same size."""
+    if options.eager:
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    sys.path.insert(0, options.nanochat)
+    import torch
+    from nanochat.gpt import GPT, GPTConfig
+
+    heads = options.depth
+    config = GPTConfig(options.seq_len, options.vocab_size, options.depth, heads, heads, 64 * options.depth)
+    model = GPT(config)
+    model.init_weights()
+    optimizer = (
+        model.setup_optimizer()
+        if options.optimizer == "own"
+        else torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    )
+    run = model if options.eager else torch.compile(model, dynamic=False)
+    ids = torch.randint(0, options.vocab_size, (options.batch, options.seq_len + 1))
+    inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+    def step() -> None:
+        loss = run(inputs, targets)
+        loss.backward()
+        optimizer.step()
+        model.zero_grad(set_to_none=True)
+        loss.item()
+
+    return step
+
+
+def isomorph_step(options: argparse.Namespace) -> Callable[[], None]:
+    """One step of `isomorph train --depth`: the trainer's own, clipping and smoothed loss included."""
+    import numpy as np
+    from flax import nnx
+
+    from isomorph import architectures
+    from isomorph.frameworks.nnx_parameters import split
+    from isomorph.train.optimizer import adamw
+    from isomorph.train.presets import recipe
+    from isomorph.train.trainer import initial_state, make_step
+
+    shapes = recipe("gelu_gpt", options.depth, {"vocab_size": options.vocab_size}, {"sequence_length": options.seq_len})
+    architecture = architectures.get("gelu_gpt")
+    assert architecture is not None
+    config = architecture.config_class.from_dict(shapes.config)  # type: ignore[attr-defined]
+    graph, parameters = split(architecture.module("modeling_flax").Model(config, rngs=nnx.Rngs(0)))
+    optimizer = adamw(lambda step: 1e-3, 0.9, 0.95, 0.1, 1.0)
+    state = initial_state(parameters, optimizer)
+    run = make_step(graph, optimizer, 1)
+    shape = options.batch, options.seq_len + 1
+    ids = np.random.default_rng(0).integers(0, options.vocab_size, shape, dtype=np.int32)
+    counted = np.ones((options.batch, options.seq_len), bool)
+
+    def step() -> None:
+        nonlocal state
+        state, loss, _ = run(state, ids, counted)
+        float(loss)
+
+    return step
+
+
+STEPS = {"nanochat": nanochat_step, "isomorph": isomorph_step}
+
+
+def work(options: argparse.Namespace) -> None:
+    """A step for every line read, answered with its seconds."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the libraries print is no answer
+    step = STEPS[options.worker](options)
+    for _ in range(WARM_UP):
+        step()
+    print("ready", file=answers, flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        step()
+        print(time.perf_counter() - start, file=answers, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("nanochat")
+    for name, value in (("depth", 4), ("vocab-size", 4096), ("seq-len", 512), ("batch", 4), ("rounds", 7)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--optimizer", choices=("adamw", "own"), default="adamw")
+    parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--worker", choices=tuple(STEPS), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        work(options)
+        return
+    workers = {
+        name: subprocess.Popen(
+            [sys.executable, __file__, *sys.argv[1:], "--worker", name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name in STEPS
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in STEPS}
+    try:
+        for name, worker in workers.items():
+            if worker.stdout.readline() != "ready\n":  # type: ignore[union-attr]
+                sys.exit(f"{name} did not start")
+        for _ in range(options.rounds):
+            for name, worker in workers.items():
+                worker.stdin.write("\n")  # type: ignore[union-attr]
+                worker.stdin.flush()  # type: ignore[union-attr]
+                seconds[name].append(float(worker.stdout.readline()))  # type: ignore[union-attr]
+    finally:
+        for worker in workers.values():
+            worker.kill()
+    tokens = options.batch * options.seq_len
+    rates = {name: tokens / statistics.median(found) for name, found in seconds.items()}
+    ratio = statistics.median(theirs / ours for theirs, ours in zip(seconds["nanochat"], seconds["isomorph"]))
+    for name, rate in rates.items():
+        print(f"{name:10} {rate:10,.0f} tokens/s", file=sys.stderr)
+    shape = {key: getattr(options, key) for key in ("depth", "vocab_size", "seq_len", "batch", "optimizer", "eager")}
+    result = {"tokens_per_second": rates, "ratio": ratio, **shape, "rounds": options.rounds}
+    print(json.dumps({**result, "cpus": os.cpu_count(), "processor": platform.processor() or platform.machine()}))
+
+
+if __name__ == "__main__":
+    main()
