@@ -83,7 +83,7 @@ def copy_tokenizer(
         if vocabulary is not None and vocabulary.is_file():
             shutil.copyfile(vocabulary, target / vocabulary.name)
             return [vocabulary.name]
-        if vocabulary is not None and hasattr(own, "write_vocabulary"):
+        if own is not None and vocabulary is not None and hasattr(own, "write_vocabulary"):
             if not (folder / FAST).is_file():
                 return []
             own.write_vocabulary(folder / FAST, target / vocabulary.name)

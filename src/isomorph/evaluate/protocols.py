@@ -55,8 +55,8 @@ class Stream:
 
     def cut(self, limit: int) -> Stream:
         """The first `limit` tokens."""
-        parts = {name: getattr(self, name) for name in ("ids", "widths", "skipped")}
-        return replace(self, **{name: None if part is None else part[:limit] for name, part in parts.items()})
+        widths, skipped = (None if part is None else part[:limit] for part in (self.widths, self.skipped))
+        return replace(self, ids=self.ids[:limit], widths=widths, skipped=skipped)
 
 
 @dataclass(frozen=True)
@@ -209,8 +209,10 @@ def protocol_named(
         window = trained_length
     if window is not None:
         chosen = replace(chosen, window=window, stride=window if chosen.stride == chosen.window else chosen.stride)
-    changes = {key: value for key, value in (("stride", stride), ("limit", limit)) if value is not None}
-    chosen = replace(chosen, **changes)
+    if stride is not None:
+        chosen = replace(chosen, stride=stride)
+    if limit is not None:
+        chosen = replace(chosen, limit=limit)
     if chosen.window < 2 or not 1 <= chosen.stride <= chosen.window:
         found = f"window {chosen.window}, stride {chosen.stride}"
         raise InputError(f"expected a window of at least 2 tokens and a stride between 1 and it; found {found}")

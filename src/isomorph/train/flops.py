@@ -37,8 +37,8 @@ def product_flops(jaxpr: Jaxpr) -> int:
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
-            factor = equation.invars[0].aval.shape
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(factor[axis] for axis in contracted)
+            factor, product = (variable.aval.shape for variable in (equation.invars[0], equation.outvars[0]))  # type: ignore[attr-defined]
+            total += 2 * math.prod(product) * math.prod(factor[axis] for axis in contracted)
         total += equation.params.get("length", 1) * sum(map(product_flops, _programs(equation.params)))
     return total
 

@@ -43,7 +43,9 @@ class Vocabulary:
 def special_tokens(architecture: Architecture, config: Any) -> dict[str, int]:
     """Special token -> id of an architecture whose vocabulary is a tiktoken `vocab.txt`; empty for all others."""
     own = own_module(architecture)
-    return own.special_tokens(config.vocab_size, "instruct") if hasattr(own, "special_tokens") else {}
+    if own is None or not hasattr(own, "special_tokens"):
+        return {}
+    return own.special_tokens(config.vocab_size, "instruct")
 
 
 def check_vocabulary(given: Path, architecture: Architecture, config: Any) -> None:
