@@ -30,6 +30,32 @@ def test_size() -> None:
     assert 150_000 < len(pocket.heldout_text().encode()) < 250_000
 
 
+def test_gelu_gpt_is_what_its_card_says() -> None:
+    """Small, trained in every part, better than chance by far; scrambled tokens, the control, are far from it."""
+    folder = pocket.path("gelu_gpt")
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 10_000_000
+    card = (folder / "README.md").read_text()
+    assert "CC BY-SA" in card
+    assert "2 seeds after 800 steps, mean ± standard deviation" in card
+    tensors = {name: tensor.read().astype(np.float32) for name, tensor in open_checkpoint(folder).tensors.items()}
+    assert sum(tensor.size for tensor in tensors.values()) == 655_414
+    assert f"{sum(tensor.size for tensor in tensors.values()) / 1e6:.1f} million parameters" in card
+    initial = {"model.smear_lambda": 0.0, "model.backout_lambda": 0.2}
+    assert all((np.abs(tensors[name] - start) > 1e-2).all() for name, start in initial.items())
+    model = isomorph.load("pocket:gelu_gpt", framework="flax", dtype="float32")
+    text = " The ship was launched in 1912 and sold to the navy . It was used in the war until 1945 ."
+    ids = np.array([model.tokenizer.encode(text)])
+    assert ids[0, 0] == model.tokenizer.bos_token_id
+
+    def nats(ids: np.ndarray) -> float:
+        logits = model.logits(ids[:, :-1]).astype(np.float64)
+        log_sums = np.log(np.exp(logits).sum(-1))
+        return float((log_sums - np.take_along_axis(logits, ids[:, 1:, None], -1)[..., 0]).mean())
+
+    assert nats(ids) < 3.5
+    assert nats(np.random.default_rng(0).permuted(ids, axis=1)) > 5
+
+
 def test_every_gain_and_skip_is_trained() -> None:
     checkpoint = open_checkpoint(pocket.path())
     layers = checkpoint.config["num_hidden_layers"]  # type: ignore[index]

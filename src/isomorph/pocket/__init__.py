@@ -7,7 +7,10 @@
         --chat-data BOOKS/catechism-of-christian-doctrine.txt --out RUN
 
 whose `RUN/model` it is; `talkie/data.csv` says where to get each book. `talkie/heldout.txt` holds whole chapters of
-books it was not trained on.
+books it was not trained on. `gelu_gpt` was made from the train split of WikiText-2 by
+
+    isomorph train --depth 2 --vocab-size 1024 --seq-len 512 --batch 8 --seeds 3 --other-seeds 0.25 \\
+        --data WIKITEXT/train.txt --held-out WIKITEXT/valid.txt --format wikitext --out RUN
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ Trained from nothing by `isomorph train` (JAX) on {data}. bfloat16, layout `tran
 |---|---|
 {shape}
 
-| stage | steps | tokens | peak learning rate | last smoothed loss, nats per token | tokens per second | MFU |
-|---|---|---|---|---|---|---|
+| stage | steps | tokens | peak learning rate | last smoothed loss, nats per token | tokens per second |
+|---|---|---|---|---|---|
 {stages}
 {held_out}{seeds}
 `training_record.jsonl` holds the course of the training, thinned; `training_loss.png` shows it.
@@ -81,10 +81,10 @@ def model_card(
     stages = []
     for stage in dict.fromkeys(record["stage"] for record in records):
         own = [record for record in records if record["stage"] == stage and "loss" in record]
-        speed, mfu = (median(record.get(key, 0.0) for record in own) for key in ("tokens_per_second", "mfu"))
+        speed = median(record["tokens_per_second"] for record in own)
         stages.append(
             f"| {stage} | {own[-1]['step']:,} | {own[-1]['tokens']:,} | {settings[stage]['learning_rate']:g} "
-            f"| {own[-1]['smoothed_loss']:.3f} | {speed:,.0f} | {mfu:.0%} |"
+            f"| {own[-1]['smoothed_loss']:.3f} | {speed:,.0f} |"
         )
     held_out = ""
     if measured:
@@ -100,7 +100,8 @@ def model_card(
         data = f"the column `{source.column}` of the dataset `{source.name}`, split `{source.split}`"
     else:
         megabytes = sum(int(book["bytes"]) for book in books) / 1e6
-        data = f"{len(books)} texts, {megabytes:.1f} MB; `data.csv` says where each\ncomes from and its sha256"
+        count = "one text" if len(books) == 1 else f"{len(books)} texts"
+        data = f"{count}, {megabytes:.1f} MB; `data.csv` says where each\ncomes from and its sha256"
     return TEMPLATE.format(
         architecture=settings["architecture"],
         parameters=parameters / 1e6,
