@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +82,34 @@ def test_the_learned_tokenizer_knows_its_sizes(trained: Path) -> None:
     text = "naïve — 𝄞 engines"
     assert vocabulary.size_bytes[vocabulary.encode(text)].sum() == len(text.encode())
     assert vocabulary.size_bytes[vocabulary.separator] == 0
+
+
+def last_record(out: Path) -> dict:
+    return json.loads((out / "text" / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("spread", ["8 devices", "2 processes"])
+def test_devices_and_processes_train_like_one(spread: str, books: Path, tmp_path: Path) -> None:
+    sizes = ["--depth", "2", "--vocab-size", "300", "--seq-len", "32", "--batch", "8", "--steps", "6", "--seed", "3"]
+    words = [sys.executable, "-m", "isomorph", "train", "--data", str(books), *sizes]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    subprocess.run([*words, "--out", str(tmp_path / "one")], env=environment, check=True, timeout=300)
+    words += ["--out", str(tmp_path / "many")]
+    if spread == "8 devices":
+        environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+        subprocess.run([*words, "--fsdp", "2", "--model-parallel", "2"], env=environment, check=True, timeout=300)
+    else:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            meeting = ["--coordinator", f"127.0.0.1:{free.getsockname()[1]}", "--processes", "2"]
+        each = [subprocess.Popen([*words, *meeting, "--process", str(number)], env=environment) for number in range(2)]
+        assert [process.wait(300) for process in each] == [0, 0]
+    one, many = last_record(tmp_path / "one"), last_record(tmp_path / "many")
+    # Sums in another order differ by float32 rounding.
+    assert many["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    assert many["smoothed_loss"] == pytest.approx(one["smoothed_loss"], rel=1e-5)
+    assert (tmp_path / "many" / "model" / "model.safetensors").is_file()
 
 
 BAD = {
