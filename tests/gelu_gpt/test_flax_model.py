@@ -24,6 +24,8 @@ from isomorph.frameworks.flax import FED, FlaxModel, bucket
 from isomorph.frameworks.nnx_parameters import merge, split
 from tiny_gelu_gpt import write_checkpoint
 
+pytestmark = pytest.mark.full  # minutes of compiling on two cores
+
 #: Longer than the short window (128 tokens) and than its ring; left padding of each row of the padded tests.
 LENGTH, PADDING = 300, (0, 3, 140)
 
@@ -242,6 +244,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 import isomorph
+
 
 folder, out = sys.argv[1:]
 model = isomorph.load(folder, framework="flax")

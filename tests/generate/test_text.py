@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fake_model import small_tokenizer
@@ -41,6 +41,7 @@ def test_pieces_join_to_the_decoded_text(tokenizer, tokens):
 @settings(max_examples=200, deadline=None)
 @given(st.text(max_size=30))
 def test_no_piece_of_a_text_has_a_replacement_character(tokenizer, text):
+    assume("<|" not in text)  # a mark that is spelt out is read as one
     pieces = decoded(tokenizer, tokenizer.encode(text))
     assert "".join(pieces) == text
     if "\ufffd" not in text:

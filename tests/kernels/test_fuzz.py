@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.full  # minutes of compiling on two cores
+
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "src" / "isomorph" / "kernels" / "csrc"
 

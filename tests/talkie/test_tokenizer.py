@@ -136,6 +136,7 @@ def test_any_vocabulary_in_any_order(tokens, raw, texts, seed):
     assert not any(differs(encoding, tokenizer, text) for text in texts)
 
 
+@pytest.mark.full
 def test_every_wrong_construction_is_caught(pair, ranks, monkeypatch):
     """Negative control: merges out of order, one merge missing, whole pieces not looked up, another split."""
     encoding, right = pair

@@ -43,7 +43,9 @@ def test_float32_differs_by_no_more_than_the_published_parity(runs: dict[str, np
 
 def test_bfloat16_ports_agree_as_often_as_the_reference_does_with_itself(runs: dict[str, np.ndarray]):
     own = agreement(runs["torch bfloat16"], runs["torch float32"])
-    assert agreement(runs["mlx bfloat16"], runs["torch bfloat16"]) >= own
+    # Give or take two standard errors of the difference of two counts.
+    error = (2 * own * (1 - own) / len(runs["torch float32"])) ** 0.5
+    assert agreement(runs["mlx bfloat16"], runs["torch bfloat16"]) >= own - 2 * error
     # Positions moved by one, the mistake of an off-by-one cache, agree far less.
     assert agreement(runs["mlx bfloat16"][1:], runs["torch bfloat16"][:-1]) < own
 
