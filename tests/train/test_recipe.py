@@ -19,6 +19,8 @@ from isomorph.cli import run as command
 from isomorph.train.presets import recipe
 from isomorph.train.vocabulary import fast_vocabulary
 
+pytestmark = pytest.mark.full  # a minute of compiling on two cores
+
 
 def parameters(config: dict) -> int:
     architecture = architectures.get("gelu_gpt")
