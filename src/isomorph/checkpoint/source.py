@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from isomorph.checkpoint.hub import fetch, is_hub_id
+from isomorph.checkpoint.mxfp4 import packed_view
 from isomorph.checkpoint.safetensors_file import REPAIR, read_safetensors
 from isomorph.checkpoint.tensor import Tensor
 from isomorph.checkpoint.torch_file import SUFFIXES, read_torch
@@ -165,6 +166,7 @@ def _safetensors_checkpoint(
         if index is not None:
             _check_index(file, content.tensors, index)
         tensors |= content.tensors
+    tensors, config = packed_view(tensors, config)
     return Checkpoint(path, config, tensors, metadata, "safetensors", tuple(files), overrides)
 
 

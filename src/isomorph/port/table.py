@@ -30,7 +30,8 @@ class Layout:
     `rows` is the literal table; `container` how the weights are stored (`pt`, `mlx` or `flax` safetensors, by the
     header's format, or `torch` for an original file); `config` the config values the layout implies; `keys` what
     convert puts into config.json for stock libraries; `files` what it copies from the architecture's folder beside
-    the weights; `loads` where a folder of this layout loads: library -> how, or why not.
+    the weights; `loads` where a folder of this layout loads: library -> how, or why not; `packed` how a module's packed
+    weights are stored: `mlx` words, `mxfp4` blocks as published, or None: not at all.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Layout:
     keys: Mapping[str, Any] = field(default_factory=dict)
     files: tuple[str, ...] = ()
     loads: Mapping[str, str] = field(default_factory=dict)
+    packed: str | None = None
 
 
 @dataclass(frozen=True)
