@@ -66,7 +66,7 @@ def test_padding_at_either_side_changes_nothing(model: FlaxModel, ids: np.ndarra
 def test_positions_past_the_table_are_nan(model: FlaxModel) -> None:
     """The wrapper refuses them; whoever calls the module itself gets no plausible number."""
     module = merge(model.graph, model.parameters)
-    states, _ = module.model(jnp.zeros((1, 2), int), positions=jnp.array([[63, 64]]))
+    states, _ = module.model(jnp.zeros((1, 2), int), lengths=jnp.array([63]))
     assert np.isnan(states[-1][0, 1]).all()
 
 

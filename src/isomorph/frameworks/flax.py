@@ -1,8 +1,9 @@
 """Flax NNX behind the common contract: jitted, with shapes in steps so that few programs are compiled.
 
 What an architecture's `modeling_flax.Model` offers, and all that is asked of it here:
-`Model(config, dtype=, param_dtype=, rngs=)`; `.model(ids, positions, mask, cache, offset) -> (hidden states, cache)`;
-`.logits(x)`; `.init_cache(batch, slots)`, any tree of arrays [B, slots, ...].
+`Model(config, dtype=, param_dtype=, rngs=)`; `.trunk(ids, mask, cache, lengths) -> (what the head takes, hidden states,
+cache)`; `.logits(x)`; `.init_cache(batch, slots, fed)`, any tree of arrays [B, slots or fewer, ...]. A row's token at
+position p lies at slot p, modulo the slots of an array that keeps only a window; padding is never stored.
 """
 
 from __future__ import annotations
@@ -27,8 +28,11 @@ if TYPE_CHECKING:
     from isomorph.architectures.base import Architecture
     from isomorph.checkpoint import Checkpoint
 
-#: Tokens fed and slots of a cache come in these steps; from the last one on, in its multiples.
+#: Tokens of a full pass and slots of a cache come in these steps; from the last one on, in its multiples.
 STEPS = (1, 16, 32, 64, 128)
+
+#: Most tokens that a decode state is fed at once: a window's ring has as many slots more than it looks back.
+FED = STEPS[-1]
 
 
 def load_model(
@@ -133,33 +137,29 @@ class FlaxModel(Model):
     ) -> tuple[jax.Array, list[jax.Array]]:
         """Full pass: ids [B, T], real [B, T] true at tokens that are not padding -> logits, hidden states."""
         model = merge(self.graph, parameters)
-        positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)  # [B, T]
-        columns = jnp.arange(ids.shape[1])
-        mask = (columns[None, :] <= columns[:, None]) & real[:, None, None, :]  # [B, 1, T, T]
-        states, _ = model.model(ids, positions, mask)
-        return model.logits(states[-1]).astype(jnp.float32), states
+        x, states, _ = model.trunk(ids, real)
+        return model.logits(x).astype(jnp.float32), states
 
     def _step(
         self,
         parameters: dict[str, jax.Array],
         cache: Any,
         ids: jax.Array,
-        offset: jax.Array,
-        padding: jax.Array,
-        count: jax.Array,
+        real: jax.Array,
+        lengths: jax.Array,
+        last: jax.Array,
         *,
         last_only: bool,
     ) -> tuple[jax.Array, Any]:
-        """Feed ids [B, T], of which the first `count` columns mean something, into the slots from `offset` on."""
+        """Feed the `real` [B, T] of ids [B, T] to rows that hold `lengths` [B] tokens; `last` is the last column."""
         model = merge(self.graph, parameters)
-        slots = jnp.arange(jax.tree.leaves(cache)[0].shape[1])  # [S]
-        fed = offset + jnp.arange(ids.shape[1])  # [T]
-        # Columns past `count` may lie past the last position; theirs is never read.
-        positions = jnp.clip(fed[None, :] - padding[:, None], 0, self.max_positions - 1)  # [B, T]
-        mask = (slots[None, :] <= fed[:, None]) & (slots >= padding[:, None])[:, None, None, :]  # [B, 1, T, S]
-        states, cache = model.model(ids, positions, mask, cache, offset)
-        x = jax.lax.dynamic_slice_in_dim(states[-1], count - 1, 1, axis=1) if last_only else states[-1]
+        x, _, cache = model.trunk(ids, real, cache, lengths)
+        x = jax.lax.dynamic_slice_in_dim(x, last, 1, axis=1) if last_only else x
         return model.logits(x).astype(jnp.float32), cache
+
+    def empty_cache(self, batch: int, slots: int) -> Any:
+        """A cache for `batch` rows of up to `slots` tokens."""
+        return merge(self.graph, self.parameters).init_cache(batch, slots, FED)
 
     def _padded_forward(self, ids: np.ndarray, real: np.ndarray | None) -> tuple[jax.Array, list[jax.Array]]:
         extra = ((0, 0), (0, bucket(ids.shape[1]) - ids.shape[1]))
@@ -175,9 +175,8 @@ class FlaxModel(Model):
 
     def _decode_state(self, batch_size: int, left_padding: np.ndarray | None, max_length: int | None) -> DecodeState:
         padding = np.zeros(batch_size, np.int64) if left_padding is None else left_padding
-        slots = bucket(max(max_length or 0, STEPS[-1]) + int(padding.max()))
-        cache = merge(self.graph, self.parameters).init_cache(batch_size, slots)
-        return FlaxDecodeState(self, cache, 0, padding)
+        cache = self.empty_cache(batch_size, bucket(max(max_length or 0, FED)))
+        return FlaxDecodeState(self, cache, [np.zeros(0, np.int32)] * batch_size, padding)
 
     def load_decode_state(self, path: Path) -> DecodeState:
         from safetensors import safe_open
@@ -192,12 +191,12 @@ class FlaxModel(Model):
             raise InputError(
                 f"expected a decode state of this model, dtype and framework; found another one's in {path}"
             )
-        padding = np.asarray(arrays.pop("padding")).astype(np.int64)
-        offset = int(metadata["offset"])
-        empty = merge(self.graph, self.parameters).init_cache(len(padding), max(offset, 1))
+        padding, most = (np.asarray(arrays.pop(name)).astype(np.int64) for name in ("padding", "most"))
+        tokens = [np.asarray(arrays.pop(f"tokens.{row}")) for row in range(len(padding))]
+        structure = jax.tree.structure(jax.eval_shape(lambda: self.empty_cache(1, 1)))
         leaves = [arrays[f"cache.{index}"] for index in range(len(arrays))]
-        state = FlaxDecodeState(self, jax.tree.unflatten(jax.tree.structure(empty), leaves), offset, padding)
-        state.reserve(bucket(max(offset, STEPS[-1])))
+        state = FlaxDecodeState(self, jax.tree.unflatten(structure, leaves), tokens, padding, most)
+        state.reserve(bucket(max(int(most.max()), FED)))
         return state
 
     def _identity(self) -> str:
@@ -206,90 +205,120 @@ class FlaxModel(Model):
 
 
 class FlaxDecodeState(DecodeState):
-    """Preallocated keys and values; all rows share their next slot, so a shorter row starts after padding."""
+    """Preallocated arrays that each row fills at its own pace, and the tokens that went into them."""
 
-    def __init__(self, model: FlaxModel, cache: Any, offset: int, padding: np.ndarray) -> None:
+    def __init__(
+        self,
+        model: FlaxModel,
+        cache: Any,
+        tokens: Sequence[np.ndarray],
+        padding: np.ndarray,
+        most: np.ndarray | None = None,
+    ) -> None:
         self.model = model
         self.cache = cache
-        self.offset = offset
-        self.padding = padding
+        self.tokens = list(tokens)
+        self.padding = padding  # [B], what is still to be skipped
+        self.most = self.lengths if most is None else most  # [B], tokens held at most so far
 
     @property
     def batch_size(self) -> int:
-        return len(self.padding)
+        return len(self.tokens)
 
     @property
     def lengths(self) -> np.ndarray:
-        return np.maximum(self.offset - self.padding, 0)
+        return np.array([len(row) for row in self.tokens], np.int64)
+
+    @property
+    def slots(self) -> int:
+        """Tokens that fit into a row: the size of the arrays that keep everything."""
+        return max(leaf.shape[1] for leaf in jax.tree.leaves(self.cache))
 
     def reserve(self, slots: int) -> None:
-        """Make room for at least `slots` slots."""
-        missing = slots - jax.tree.leaves(self.cache)[0].shape[1]
-        if missing > 0:
-            self.cache = jax.tree.map(
-                lambda array: jnp.pad(array, [(0, 0), (0, missing)] + [(0, 0)] * (array.ndim - 2)), self.cache
-            )
+        """Make room for at least `slots` tokens a row."""
+        wanted = jax.eval_shape(lambda: self.model.empty_cache(self.batch_size, slots))
+        self.cache = jax.tree.map(
+            lambda leaf, target: jnp.pad(leaf, [(0, size - held) for held, size in zip(leaf.shape, target.shape)]),
+            self.cache,
+            wanted,
+        )
 
     def feed(self, ids: np.ndarray, *, last_only: bool = False) -> np.ndarray:
         ids = self.model.checked_ids(ids)
         if ids.shape[0] != self.batch_size:
             raise InputError(f"expected ids for {self.batch_size} rows; found {ids.shape[0]}")
-        count = ids.shape[1]
-        longest = self.offset + count - int(self.padding.min())
+        longest = int((self.lengths + np.maximum(ids.shape[1] - self.padding, 0)).max())
         if longest > self.model.max_positions:
             raise InputError(
                 f"expected at most {self.model.max_positions} tokens (max_position_embeddings); found {longest}; "
                 "shorten the prompt or ask for fewer tokens"
             )
-        fed = np.pad(ids, ((0, 0), (0, bucket(count) - count))).astype(np.int32)
         # Doubling keeps the number of compiled programs at the logarithm of the length.
-        if self.offset + fed.shape[1] > (slots := jax.tree.leaves(self.cache)[0].shape[1]):
-            self.reserve(bucket(max(2 * slots, self.offset + fed.shape[1])))
+        if longest > self.slots:
+            self.reserve(bucket(max(2 * self.slots, longest)))
+        parts = [self._feed(ids[:, start : start + FED], last_only) for start in range(0, ids.shape[1], FED)]
+        return np.asarray(parts[-1]) if last_only else np.concatenate([np.asarray(part) for part in parts], axis=1)
+
+    def _feed(self, ids: np.ndarray, last_only: bool) -> jax.Array:
+        """Logits of up to FED columns; does not wait for them."""
+        count = ids.shape[1]
+        columns = np.arange(bucket(count))
         logits, self.cache = self.model.step(
             self.model.parameters,
             self.cache,
-            fed,
-            jnp.int32(self.offset),
-            self.padding.astype(np.int32),
-            jnp.int32(count),
+            np.pad(ids, ((0, 0), (0, len(columns) - count))).astype(np.int32),
+            (columns >= self.padding[:, None]) & (columns < count),
+            self.lengths.astype(np.int32),
+            np.int32(count - 1),
             last_only=last_only,
         )
-        self.offset += count
-        return np.asarray(logits)[:, -1:] if last_only else np.asarray(logits)[:, :count]
+        self.tokens = [np.append(row, new[skip:]) for row, new, skip in zip(self.tokens, ids, self.padding)]
+        self.padding = np.maximum(self.padding - count, 0)
+        self.most = np.maximum(self.most, self.lengths)
+        return logits if last_only else logits[:, :count]
 
     def reorder(self, rows: Sequence[int]) -> None:
         chosen = np.asarray(rows, np.int64)
         if chosen.size == 0 or chosen.min() < 0 or chosen.max() >= self.batch_size:
             raise InputError(f"expected rows in 0..{self.batch_size - 1}; found {list(rows)}")
-        self.cache = jax.tree.map(lambda array: array[chosen], self.cache)
-        self.padding = self.padding[chosen]
+        self.cache = jax.tree.map(lambda leaf: leaf[chosen], self.cache)
+        self.tokens = [self.tokens[row] for row in chosen]
+        self.padding, self.most = self.padding[chosen], self.most[chosen]
 
     def extend(self, other: DecodeState) -> None:
         if not isinstance(other, FlaxDecodeState) or other.model is not self.model:
             raise InputError("expected a decode state of the same model to extend by; found another one's")
-        offset = max(self.offset, other.offset)
-        slots = max(jax.tree.leaves(state.cache)[0].shape[1] for state in (self, other))
-        caches, paddings = [], []
-        for state in (self, other):
-            # Rows end at the same slot: what is shorter moves right and is padded on the left.
-            shift = offset - state.offset
-            aligned = FlaxDecodeState(self.model, state.cache, state.offset, state.padding)
-            aligned.reserve(slots)
-            caches.append(jax.tree.map(lambda array, by=shift: jnp.roll(array, by, axis=1), aligned.cache))
-            paddings.append(state.padding + shift)
-        self.cache = jax.tree.map(lambda one, more: jnp.concatenate([one, more]), *caches)
-        self.padding = np.concatenate(paddings)
-        self.offset = offset
+        added = FlaxDecodeState(self.model, other.cache, other.tokens, other.padding, other.most)
+        slots = max(self.slots, other.slots)
+        self.reserve(slots)
+        added.reserve(slots)
+        self.cache = jax.tree.map(lambda one, more: jnp.concatenate([one, more]), self.cache, added.cache)
+        self.tokens += added.tokens
+        self.padding, self.most = (np.append(self.padding, added.padding), np.append(self.most, added.most))
 
     def trim(self, tokens: int) -> None:
         if not 0 <= tokens <= int(self.lengths.min()):
             raise InputError(f"expected to trim 0..{int(self.lengths.min())} tokens; found {tokens}")
-        self.offset -= tokens
+        self.tokens = [row[: len(row) - tokens] for row in self.tokens]
+        # Within FED tokens of the most it ever held, a ring still has all that its window looks back to.
+        ring = min(leaf.shape[1] for leaf in jax.tree.leaves(self.cache))
+        if ((self.most > ring) & (self.most - self.lengths > FED)).any():
+            self._read_again()
+
+    def _read_again(self) -> None:
+        """Fill a fresh cache with the tokens held: what the rings have overwritten is computed anew."""
+        tokens, lengths = self.tokens, self.lengths
+        longest = int(lengths.max())
+        self.cache = self.model.empty_cache(self.batch_size, self.slots)
+        self.tokens, self.padding, self.most = [row[:0] for row in tokens], longest - lengths, 0 * lengths
+        if longest:
+            self.feed(np.stack([np.pad(row, (longest - len(row), 0)) for row in tokens]), last_only=True)
 
     def save(self, path: Path) -> None:
         from safetensors.flax import save_file
 
-        held = max(self.offset, 1)
+        held = max(int(self.most.max()), 1)
         arrays = {f"cache.{index}": leaf[:, :held] for index, leaf in enumerate(jax.tree.leaves(self.cache))}
-        arrays["padding"] = jnp.asarray(self.padding, jnp.int32)
-        save_file(arrays, path, metadata={"model": self.model._identity(), "offset": str(self.offset)})
+        arrays |= {f"tokens.{row}": jnp.asarray(tokens, jnp.int32) for row, tokens in enumerate(self.tokens)}
+        arrays |= {"padding": jnp.asarray(self.padding, jnp.int32), "most": jnp.asarray(self.most, jnp.int32)}
+        save_file(arrays, path, metadata={"model": self.model._identity()})

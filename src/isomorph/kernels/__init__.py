@@ -1,7 +1,8 @@
 """Products with weights in MLX's packed layout, read as they lie.
 
     csrc/          the C++ extension `_native`: AVX-512, AVX2, NEON and plain C++, chosen at run time
-    native.py      finds the extension, sets its threads; the thinnest possible calls into it
+    extension.py   finds the extension; quantizing needs it without torch
+    native.py      gives it torch's threads; the thinnest possible calls into it
     reference.py   the same products in plain torch: any device, and where there is no extension
     ops.py         all of them as torch operators `torch.ops.isomorph.*`, with shapes for torch.compile
     modules.py     QuantizedLinear, QuantizedEmbedding, QuantizedExperts

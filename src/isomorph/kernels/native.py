@@ -1,22 +1,15 @@
-"""The C++ extension: whether it is there, its threads, and calls that pass tensors as pointers.
-
-Environment: `ISOMORPH_KERNELS` = avx512 | avx2 | neon | portable | none chooses the instruction set or does without the
-extension; `ISOMORPH_NUM_THREADS` sets the threads (default: torch's).
-"""
+"""The C++ extension with torch's threads, and calls that pass tensors as pointers; environment: `extension.py`."""
 
 from __future__ import annotations
 
-import logging
 import os
 from functools import cache
-from importlib import import_module
 from typing import Any
 
 import torch
 
+from isomorph.kernels.extension import find_extension
 from isomorph.quantize.settings import Settings
-
-log = logging.getLogger(__name__)
 
 MODES = {"affine": 0, "mxfp4": 1, "mxfp8": 2, "nvfp4": 3}
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -27,20 +20,10 @@ WIDE_ROWS = 16
 
 @cache
 def extension() -> Any:
-    """The extension module, or None (said once) when it was not built or `ISOMORPH_KERNELS=none`."""
-    wanted = os.environ.get("ISOMORPH_KERNELS")
-    if wanted == "none":
+    """The extension module, or None, as `find_extension` says, with as many threads as torch has."""
+    _native = find_extension()
+    if _native is None:
         return None
-    try:
-        _native = import_module("isomorph.kernels._native")
-    except ImportError:
-        log.warning(
-            "isomorph's CPU kernels are not built, so quantized products run through plain torch, many times slower; "
-            "install a C++ compiler and reinstall isomorph"
-        )
-        return None
-    if wanted and _native.backend() != wanted:
-        log.warning("ISOMORPH_KERNELS=%s is not available here; using %s", wanted, _native.backend())
     if "ISOMORPH_NUM_THREADS" not in os.environ:
         _native.set_thread_count(torch.get_num_threads())
     # Two pools of spinning threads on the same cores would fight; torch's libgomp team serves both.

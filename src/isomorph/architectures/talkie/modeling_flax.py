@@ -120,10 +120,11 @@ class Attention(nnx.Module):
         x: jax.Array,
         cos: jax.Array,
         sin: jax.Array,
-        mask: jax.Array | None,
+        seen: jax.Array,
         cache: KeyValue | None,
-        offset: jax.Array | int,
+        slots: jax.Array,
     ) -> tuple[jax.Array, KeyValue | None]:
+        """`seen` [B, 1, T, S] is true where a query may look; `slots` [B, T] are those that these tokens take."""
         heads = (*x.shape[:2], *self.head_shape)
         q = self.attn_query(x).reshape(heads)  # [B, T, H, K]
         k = self.attn_key(x).reshape(heads)  # [B, T, H, K]
@@ -131,14 +132,15 @@ class Attention(nnx.Module):
         q = self.head_gain(rms_norm(apply_rope(q, cos, sin), self.eps))
         k = rms_norm(apply_rope(k, cos, sin), self.eps)
         if cache is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cache[0], k, offset, axis=1)  # [B, S, H, K]
-            v = jax.lax.dynamic_update_slice_in_dim(cache[1], v, offset, axis=1)  # [B, S, H, K]
+            rows = jnp.arange(len(x))[:, None]
+            k = cache[0].at[rows, slots].set(k, mode="drop")  # [B, S, H, K]
+            v = cache[1].at[rows, slots].set(v, mode="drop")  # [B, S, H, K]
             cache = (k, v)
         scale = self.head_shape[1] ** -0.5
         if q.dtype == jnp.float16:
             # Sums in float32 of float16 products are not to be had on every backend; wider factors are.
             q, k, v = (states.astype(jnp.float32) for states in (q, k, v))
-        out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=mask is None, scale=scale)  # [B, T, H, K]
+        out = jax.nn.dot_product_attention(q, k, v, mask=seen, scale=scale)  # [B, T, H, K]
         return self.attn_resid(out.astype(x.dtype).reshape(*x.shape[:2], -1)), cache  # [B, T, D]
 
 
@@ -170,11 +172,11 @@ class Block(nnx.Module):
         x: jax.Array,
         cos: jax.Array,
         sin: jax.Array,
-        mask: jax.Array | None,
+        seen: jax.Array,
         cache: KeyValue | None,
-        offset: jax.Array | int,
+        slots: jax.Array,
     ) -> tuple[jax.Array, KeyValue | None]:
-        attended, cache = self.attn(rms_norm(x, self.eps), cos, sin, mask, cache, offset)
+        attended, cache = self.attn(rms_norm(x, self.eps), cos, sin, seen, cache, slots)
         x = x + self.attn_gain(attended)
         x = x + self.mlp_gain(self.mlp(rms_norm(x, self.eps)))
         return x + self.embed_skip(embedded), cache  # [B, T, D]
@@ -198,22 +200,26 @@ class TalkieModel(nnx.Module):
     def __call__(
         self,
         ids: jax.Array,
-        positions: jax.Array | None = None,
         mask: jax.Array | None = None,
         cache: list[KeyValue] | None = None,
-        offset: jax.Array | int = 0,
+        lengths: jax.Array | None = None,
     ) -> tuple[list[jax.Array], list[KeyValue] | None]:
         """ids [B, T] -> hidden states (block 0's input, each block's output; L + 1 of [B, T, D], un-normed), cache.
 
-        `positions` [B, T] count from 0 (default: the columns). `mask` [B, 1, T, S], true where a query may look
-        (default: causal; with a cache it is required). `offset` is the cache's slot of the first token.
+        `mask` [B, T] is true at tokens, false at padding (default: no padding). With a `cache`, `lengths` [B] says how
+        many tokens each row holds already: the one at position p lies at slot p.
         """
         config = self.config
+        lengths = jnp.zeros(1, jnp.int32) if lengths is None else lengths
+        mask = jnp.ones((1, ids.shape[1]), bool) if mask is None else mask
+        positions = lengths[:, None] + jnp.cumsum(mask, axis=1) - 1  # [B, T]
+        # Padding goes to a slot that there is not, after every query's position.
+        slots = jnp.where(mask, positions, jnp.iinfo(jnp.int32).max)  # [B, T]
+        keys = slots if cache is None else jnp.arange(cache[0][0].shape[1])[None, :]  # [B, S]
+        seen = (keys[:, None, :] <= positions[:, :, None])[:, None]  # [B, 1, T, S]
         tables = rope_tables(
             config.max_position_embeddings, config.head_dim, config.rope_theta, config.rope_table_dtype
         )
-        if positions is None:
-            positions = jnp.arange(ids.shape[1])[None, :]  # [1, T]
         # A position past the table gives NaN, which no reader takes for an answer.
         cos, sin = (jnp.asarray(table).at[positions].get(mode="fill", fill_value=jnp.nan) for table in tables)
         cos, sin = cos[:, :, None, :], sin[:, :, None, :]  # [B, T, 1, K/2]
@@ -221,7 +227,7 @@ class TalkieModel(nnx.Module):
         states: list[jax.Array] = [x]
         filled: list[Any] = []
         for index, block in enumerate(self.blocks):
-            x, key_value = block(embedded, x, cos, sin, mask, None if cache is None else cache[index], offset)
+            x, key_value = block(embedded, x, cos, sin, seen, None if cache is None else cache[index], slots)
             states.append(x)
             filled.append(key_value)
         return states, None if cache is None else filled
@@ -242,16 +248,26 @@ class TalkieForCausalLM(nnx.Module):
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """ids [B, T] -> logits [B, T, V] of a full causal pass, in the compute dtype."""
-        states, _ = self.model(ids)
-        return self.logits(states[-1])
+        return self.logits(self.trunk(ids)[0])
+
+    def trunk(
+        self,
+        ids: jax.Array,
+        mask: jax.Array | None = None,
+        cache: list[KeyValue] | None = None,
+        lengths: jax.Array | None = None,
+    ) -> tuple[jax.Array, list[jax.Array], list[KeyValue] | None]:
+        """What the head takes [B, T, D], hidden states and cache; see `TalkieModel`."""
+        states, cache = self.model(ids, mask, cache, lengths)
+        return states[-1], states, cache
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Last block's output [B, T, D] -> logits [B, T, V]."""
         weight = self.lm_head_gain(self.lm_head[...].astype(x.dtype))  # [V, D]
         return rms_norm(x, self.config.rms_norm_eps) @ weight.T  # [B, T, V]
 
-    def init_cache(self, batch: int, slots: int) -> list[KeyValue]:
-        """An empty cache: zeros, not None, so that every step has the same shapes."""
+    def init_cache(self, batch: int, slots: int, fed: int) -> list[KeyValue]:
+        """An empty cache, whatever is `fed` at once: zeros, not None, so that every step has the same shapes."""
         config = self.config
         shape = (batch, slots, config.num_attention_heads, config.head_dim)
         return [(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)) for _ in range(config.num_hidden_layers)]

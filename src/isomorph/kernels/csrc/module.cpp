@@ -9,6 +9,7 @@
 
 #include "dispatch.h"
 #include "pool.h"
+#include "quantize.h"
 
 namespace nb = nanobind;
 using namespace isomorph;
@@ -106,6 +107,26 @@ void dequantize(const Packed& w, uintptr_t indices, int64_t count, uintptr_t out
   backend().dequantize(all, rows, count, reinterpret_cast<void*>(out), Type(type));
 }
 
+PackedGroups packed_groups(uintptr_t codes, uintptr_t scales, uintptr_t biases) {
+  return {reinterpret_cast<uint8_t*>(codes), reinterpret_cast<void*>(scales), reinterpret_cast<void*>(biases)};
+}
+
+// mx.quantize over `groups` groups; `squares` is [blocks / stride, 2] doubles or 0. False when a weight is not finite.
+bool encode_weights(uintptr_t weights, int type, int64_t groups, int mode, int bits, int group, uintptr_t codes, uintptr_t scales,
+                    uintptr_t biases, int64_t block_groups, int64_t stride, uintptr_t squares) {
+  nb::gil_scoped_release release;
+  return encode({Mode(mode), bits, group, Type(type)}, reinterpret_cast<const void*>(weights), groups,
+                packed_groups(codes, scales, biases), {block_groups, stride, reinterpret_cast<Squares*>(squares)});
+}
+
+// mx.dequantize over `groups` groups.
+void decode_weights(uintptr_t codes, uintptr_t scales, uintptr_t biases, int scale_type, int64_t groups, int mode, int bits,
+                    int group, uintptr_t weights, int type) {
+  nb::gil_scoped_release release;
+  decode({Mode(mode), bits, group, Type(scale_type)}, packed_groups(codes, scales, biases), groups,
+         reinterpret_cast<void*>(weights), Type(type));
+}
+
 // GB/s of reading `bytes` at `data` once with all threads: what a memory-bound kernel can reach at best.
 double read_bandwidth(uintptr_t data, int64_t bytes) {
   nb::gil_scoped_release release;
@@ -130,6 +151,8 @@ NB_MODULE(_native, m) {
   m.def("multiply_experts", &multiply_experts);
   m.def("multiply_bfloat16", &multiply_bfloat16);
   m.def("dequantize", &dequantize);
+  m.def("encode", &encode_weights);
+  m.def("decode", &decode_weights);
   m.def("read_bandwidth", &read_bandwidth);
   m.def("backends", [] {
     std::vector<std::string> names;

@@ -1,0 +1,368 @@
+"""GELU-GPT (nanochat's GPT, also with a tied head and GELU) in Flax NNX.
+
+What is unusual about it:
+- RMSNorm has no weight: embedding, attention input, MLP input, q and k, final; fp32 inside, eps from the config;
+- smear: each embedding, once normed, takes on a gated share of the one before it, as that one was before its own smear;
+- every block reads `resid_lambda * x + x0_lambda * x0`, where x0 is the smeared embedding;
+- rotary positions turn by -theta (the transpose of the textbook convention), halves split; q and k are normed after
+  that and multiplied by 1.2 each;
+- values of every second layer, counted from the last, take on a gated embedding of the token;
+- each layer looks back over a window, itself also seen: `i - j <= window`; the pattern SSSL repeats, the last is long;
+- backout: a share of block L//2's output is subtracted before the final norm; logits are capped to 15 * tanh(x / 15).
+
+Shapes: B batch, T tokens fed, S slots of a cache, D hidden, H heads, G key-value heads, K head_dim, F intermediate,
+V vocabulary. The tree is flat, as in the published Orbax checkpoints. Mesh axes: "fsdp" and "model" (tensor parallel)
+split the weights; give ids the axes ("data", "fsdp") to split the batch.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import nnx
+
+if TYPE_CHECKING:
+    from .config import GeluGPTConfig
+
+#: Sharpens attention; on q and k each (nanochat).
+QK_SCALE = 1.2
+#: Logits stay within -15..15 (nanochat).
+SOFT_CAP = 15.0
+#: Channels of the normed input that open the gates of smear and of the value embeddings (nanochat).
+SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS = 24, 12
+
+#: config.mlp -> activation. GELU is its tanh approximation, as `jax.nn.gelu` has it by default.
+ACTIVATIONS = {"gelu": nnx.gelu, "relu2": lambda x: jnp.square(nnx.relu(x))}
+
+# Which mesh axes split each axis of a matrix. An annotation only: whoever has a mesh places the weights by it.
+COLUMN: dict[str, Any] = {"out_sharding": ("fsdp", "model"), "eager_sharding": False}
+ROW: dict[str, Any] = {"out_sharding": ("model", "fsdp"), "eager_sharding": False}
+WHOLE: dict[str, Any] = {"out_sharding": (None, None), "eager_sharding": False}
+
+
+class Cache(NamedTuple):
+    """What decoding remembers: rings of slots, in which the token at position p lies at slot p modulo their size.
+
+    `embedded` [B, S, D] holds embeddings as they were before smear, which looks back by one; `keys` and `values`
+    [B, S, G, K] are one a layer. A layer's ring need not be larger than its window and what is fed at once.
+    """
+
+    embedded: jax.Array
+    keys: list[jax.Array]
+    values: list[jax.Array]
+
+
+def rms_norm(x: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) over the last axis, computed in float32, in x's dtype."""
+    x_f32 = x.astype(jnp.float32)
+    return (x_f32 * jax.lax.rsqrt(jnp.mean(x_f32 * x_f32, axis=-1, keepdims=True) + eps)).astype(x.dtype)
+
+
+@lru_cache
+def rope_tables(positions: int, head_dim: int, theta: float, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin of every position, [positions, K/2], rounded to `dtype`.
+
+    In numpy, not in the compiled program: there the product may be fused into cos unrounded, which moves the angles
+    of late positions by 1e-4.
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    # The power in float64: numpy's float32 power misses by an ulp, which at position 2000 is a visible angle.
+    inverse_frequencies = np.float32(1.0) / np.power(theta, exponents.astype(np.float64)).astype(np.float32)
+    angles = np.arange(positions, dtype=np.float32)[:, None] * inverse_frequencies[None, :]
+    rounded = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32
+    return np.cos(angles).astype(rounded), np.sin(angles).astype(rounded)
+
+
+def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turn the halves of each head by -theta: x [B, T, H, K], cos and sin [B, T, 1, K/2]."""
+    x1, x2 = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([x1 * cos + x2 * sin, x2 * cos - x1 * sin], axis=-1).astype(x.dtype)
+
+
+def ring_slots(positions: jax.Array, mask: jax.Array, size: int) -> jax.Array:
+    """Slot of each token in a ring of `size`, [B, T]; `size`, which is no slot, where `mask` says padding."""
+    return jnp.where(mask, positions % size, size)
+
+
+def ring_positions(lengths: jax.Array, size: int) -> jax.Array:
+    """Position that each slot holds after rows of `lengths` [B] tokens, [B, S]; negative where none."""
+    last = lengths[:, None] - 1
+    return last - (last - jnp.arange(size)) % size
+
+
+def ring_write(ring: jax.Array, slots: jax.Array, values: jax.Array) -> jax.Array:
+    """`ring` [B, S, ...] with `values` [B, T, ...] at `slots` [B, T]; a slot that there is not drops its value."""
+    return ring.at[jnp.arange(len(ring))[:, None], slots].set(values, mode="drop")
+
+
+def linear(
+    inputs: int, outputs: int, split: dict[str, Any], init: Any, dtype: Any, param_dtype: Any, rngs: nnx.Rngs
+) -> nnx.Linear:
+    """A matrix [in, out] without bias."""
+    return nnx.Linear(
+        inputs,
+        outputs,
+        use_bias=False,
+        kernel_init=init,
+        kernel_metadata=split,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
+    )
+
+
+def uniform(low: float, high: float) -> Any:
+    """An initializer that draws from low..high."""
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, low, high)
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: GeluGPTConfig, layer: int, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> None:
+        self.eps = config.rms_norm_eps
+        self.head_dim = config.head_dim
+        bound = (3 / config.n_embd) ** 0.5  # uniform with a spread of n_embd ** -0.5
+        width, kv_width = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+        self.c_q = linear(config.n_embd, width, COLUMN, uniform(-bound, bound), dtype, param_dtype, rngs)
+        self.c_k = linear(config.n_embd, kv_width, COLUMN, uniform(-bound, bound), dtype, param_dtype, rngs)
+        self.c_v = linear(config.n_embd, kv_width, COLUMN, uniform(-bound, bound), dtype, param_dtype, rngs)
+        self.c_proj = linear(width, config.n_embd, ROW, nnx.initializers.zeros, dtype, param_dtype, rngs)
+        if config.has_value_embedding(layer):
+            self.ve_gate = linear(
+                VALUE_GATE_CHANNELS, config.n_kv_head, WHOLE, uniform(0.0, 0.02), dtype, param_dtype, rngs
+            )
+
+    def __call__(
+        self,
+        x: jax.Array,
+        value_embedding: jax.Array | None,
+        cos: jax.Array,
+        sin: jax.Array,
+        mask: jax.Array,
+        cache: tuple[jax.Array, jax.Array, jax.Array] | None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """`cache` is keys and values [B, S, G, K] and the slots [B, T] that these tokens take."""
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q = self.c_q(x).reshape(heads)  # [B, T, H, K]
+        k = self.c_k(x).reshape(heads)  # [B, T, G, K]
+        v = self.c_v(x).reshape(heads)  # [B, T, G, K]
+        if value_embedding is not None:
+            gate = 3 * nnx.sigmoid(self.ve_gate(x[..., :VALUE_GATE_CHANNELS]))  # [B, T, G]
+            v = v + gate[..., None] * value_embedding.reshape(heads)
+        q = rms_norm(apply_rope(q, cos, sin), self.eps) * QK_SCALE
+        k = rms_norm(apply_rope(k, cos, sin), self.eps) * QK_SCALE
+        if cache is not None:
+            keys, values, slots = cache
+            k = ring_write(keys, slots, k)  # [B, S, G, K]
+            v = ring_write(values, slots, v)  # [B, S, G, K]
+        stored = None if cache is None else (k, v)
+        if q.dtype == jnp.float16:
+            # Sums in float32 of float16 products are not to be had on every backend; wider factors are.
+            q, k, v = (states.astype(jnp.float32) for states in (q, k, v))
+        attended = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=self.head_dim**-0.5)
+        return self.c_proj(attended.astype(x.dtype).reshape(*x.shape[:2], -1)), stored  # [B, T, D]
+
+
+class MLP(nnx.Module):
+    def __init__(self, config: GeluGPTConfig, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> None:
+        self.activation = ACTIVATIONS[config.mlp]
+        bound = 0.4 * (3 / config.n_embd) ** 0.5
+        inner = 4 * config.n_embd
+        self.c_fc = linear(config.n_embd, inner, COLUMN, uniform(-bound, bound), dtype, param_dtype, rngs)
+        self.c_proj = linear(inner, config.n_embd, ROW, nnx.initializers.zeros, dtype, param_dtype, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.c_proj(self.activation(self.c_fc(x)))  # [B, T, F] -> [B, T, D]
+
+
+class Block(nnx.Module):
+    def __init__(self, config: GeluGPTConfig, layer: int, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> None:
+        self.eps = config.rms_norm_eps
+        self.attn = Attention(config, layer, dtype, param_dtype, rngs)
+        self.mlp = MLP(config, dtype, param_dtype, rngs)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        value_embedding: jax.Array | None,
+        cos: jax.Array,
+        sin: jax.Array,
+        mask: jax.Array,
+        cache: tuple[jax.Array, jax.Array, jax.Array] | None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        attended, stored = self.attn(rms_norm(x, self.eps), value_embedding, cos, sin, mask, cache)
+        x = x + attended
+        return x + self.mlp(rms_norm(x, self.eps)), stored  # [B, T, D]
+
+
+class GeluGPTModel(nnx.Module):
+    """The trunk. `dtype` computes, `param_dtype` stores; with `remat` the backward pass keeps block inputs only."""
+
+    def __init__(
+        self,
+        config: GeluGPTConfig,
+        *,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.config = config
+        self.dtype = dtype
+        self.remat = remat
+        layers, bound = config.n_layer, (3 / config.n_embd) ** 0.5
+        depth = jnp.arange(layers, dtype=jnp.float32) / max(layers - 1, 1)
+
+        def embedding(width: int, init: Any) -> nnx.Embed:
+            return nnx.Embed(
+                config.padded_vocab_size,
+                width,
+                embedding_init=init,
+                embedding_metadata=ROW,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
+
+        self.wte = embedding(config.n_embd, nnx.initializers.normal(0.8))
+        self.blocks = nnx.List([Block(config, layer, dtype, param_dtype, rngs) for layer in range(layers)])
+        self.value_embeds = nnx.Dict(
+            {
+                str(layer): embedding(config.n_kv_head * config.head_dim, uniform(-bound, bound))
+                for layer in range(layers)
+                if config.has_value_embedding(layer)
+            }
+        )
+        self.smear_gate = linear(SMEAR_GATE_CHANNELS, 1, WHOLE, uniform(0.0, 0.02), dtype, param_dtype, rngs)
+        self.smear_lambda = nnx.Param(jnp.zeros(1, param_dtype))
+        self.backout_lambda = nnx.Param(jnp.full(1, 0.2, param_dtype))
+        self.resid_lambdas = nnx.Param((1.15 - 0.10 * depth).astype(param_dtype))
+        self.x0_lambdas = nnx.Param((0.20 - 0.15 * depth).astype(param_dtype))
+
+    def trunk(
+        self,
+        ids: jax.Array,
+        mask: jax.Array | None = None,
+        cache: Cache | None = None,
+        lengths: jax.Array | None = None,
+    ) -> tuple[jax.Array, list[jax.Array], Cache | None]:
+        """ids [B, T] -> what the head takes [B, T, D], hidden states (L + 1 of [B, T, D], un-normed), cache.
+
+        `mask` [B, T] is true at tokens, false at padding (default: no padding). With a `cache`, `lengths` [B] says how
+        many tokens each row holds already; a ring must have room for its window and the T tokens.
+        """
+        config = self.config
+        if lengths is None:
+            lengths = jnp.zeros(1, jnp.int32)
+        if mask is None:
+            mask = jnp.ones((1, ids.shape[1]), bool)
+        positions = lengths[:, None] + jnp.cumsum(mask, axis=1) - 1  # [B, T]
+        tables = rope_tables(config.max_position_embeddings, config.head_dim, config.rope_base, config.rope_table_dtype)
+        # A position past the table gives NaN, which no reader takes for an answer.
+        cos, sin = (jnp.asarray(table).at[positions].get(mode="fill", fill_value=jnp.nan) for table in tables)
+        cos, sin = cos[:, :, None, :], sin[:, :, None, :]  # [B, T, 1, K/2]
+
+        x = rms_norm(self.wte(ids), config.rms_norm_eps)  # [B, T, D]
+        x, embedded = self.smear(x, positions, mask, None if cache is None else cache.embedded, lengths)
+        x0, backout = x, x
+        states: list[jax.Array] = []
+        keys: list[jax.Array] = []
+        values: list[jax.Array] = []
+        run = nnx.remat(Block.__call__) if self.remat else Block.__call__
+        for layer, block in enumerate(self.blocks):
+            x = self.mix(x, self.resid_lambdas[layer], x0, self.x0_lambdas[layer])
+            states = states or [x]  # block 0 reads the mixture
+            value_embedding = self.value_embeds[str(layer)](ids) if config.has_value_embedding(layer) else None
+            held, key_positions = None, jnp.where(mask, positions, -1)  # [B, T]
+            if cache is not None:
+                size = cache.keys[layer].shape[1]
+                held = cache.keys[layer], cache.values[layer], ring_slots(positions, mask, size)
+                key_positions = ring_positions(lengths + mask.sum(axis=1), size)  # [B, S]
+            back = positions[:, :, None] - key_positions[:, None, :]  # [B, T, S]
+            seen = (back >= 0) & (back <= config.windows[layer]) & (key_positions >= 0)[:, None, :]
+            x, stored = run(block, x, value_embedding, cos, sin, seen[:, None], held)
+            if stored is not None:
+                keys.append(stored[0])
+                values.append(stored[1])
+            if layer == config.n_layer // 2:
+                backout = x
+            states.append(x)
+        x = self.mix(x, 1.0, backout, -self.backout_lambda[...])
+        return rms_norm(x, config.rms_norm_eps), states, None if embedded is None else Cache(embedded, keys, values)
+
+    def smear(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        mask: jax.Array,
+        ring: jax.Array | None,
+        lengths: jax.Array,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Normed embeddings x [B, T, D], each with a share of the one before it, and `ring` with x in it."""
+        before = jnp.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0)))
+        if ring is not None:
+            last = (lengths - 1) % ring.shape[1]
+            before = before.at[:, 0].set(ring[jnp.arange(len(ring)), last])
+            ring = ring_write(ring, ring_slots(positions, mask, ring.shape[1]), x)
+        gate = self.smear_lambda[...] * nnx.sigmoid(self.smear_gate(x[..., :SMEAR_GATE_CHANNELS]))  # [B, T, 1]
+        return self.mix(x, 1.0, jnp.where((positions > 0)[:, :, None], before, 0), gate), ring
+
+    @staticmethod
+    def mix(x: jax.Array, scale: Any, other: jax.Array, other_scale: Any) -> jax.Array:
+        """scale * x + other_scale * other, in float32, in x's dtype."""
+        mixed = scale * x.astype(jnp.float32) + other_scale * other.astype(jnp.float32)
+        return mixed.astype(x.dtype)
+
+
+class GeluGPTForCausalLM(GeluGPTModel):
+    """GELU-GPT with its head: a matrix of its own, or the token embedding."""
+
+    def __init__(
+        self,
+        config: GeluGPTConfig,
+        *,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+    ) -> None:
+        super().__init__(config, dtype=dtype, param_dtype=param_dtype, remat=remat, rngs=rngs)
+        if not config.tie_embeddings:
+            init = nnx.initializers.normal(0.001)
+            self.lm_head = linear(config.n_embd, config.padded_vocab_size, COLUMN, init, dtype, param_dtype, rngs)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """ids [B, T] -> logits, float32 [B, T, V], of a full causal pass."""
+        return self.logits(self.trunk(ids)[0])
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """The trunk's output [B, T, D] -> logits, float32 [B, T, V]: without padded rows, capped."""
+        logits = self.wte.attend(x) if self.config.tie_embeddings else self.lm_head(x)
+        logits = logits[..., : self.config.vocab_size].astype(jnp.float32)
+        return SOFT_CAP * jnp.tanh(logits / SOFT_CAP)
+
+    def loss(self, ids: jax.Array, targets: jax.Array) -> jax.Array:
+        """Mean cross-entropy, in nats, over the targets [B, T] that are not negative."""
+        log_probabilities = nnx.log_softmax(self(ids))
+        chosen = jnp.take_along_axis(log_probabilities, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+        counted = targets >= 0
+        return -jnp.sum(chosen, where=counted) / jnp.maximum(jnp.sum(counted), 1)
+
+    def init_cache(self, batch: int, slots: int, fed: int) -> Cache:
+        """Empty rings for up to `slots` tokens a row, of which at most `fed` are fed at once or forgotten again."""
+        config = self.config
+        shape = (config.n_kv_head, config.head_dim)
+        rings = [(batch, min(slots, window + fed), *shape) for window in config.windows]
+        return Cache(
+            jnp.zeros((batch, min(slots, 1 + fed), config.n_embd), self.dtype),
+            [jnp.zeros(ring, self.dtype) for ring in rings],
+            [jnp.zeros(ring, self.dtype) for ring in rings],
+        )
+
+
+#: What the Flax framework and the trainer build.
+Model = GeluGPTForCausalLM
