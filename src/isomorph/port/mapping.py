@@ -59,6 +59,11 @@ class Reading:
         for row in expand(layout, self.shapes).values():
             if self._is_packed(row):
                 yield from self._repacked(layout, row)
+            elif not layout.stores_floats(row.name):
+                raise InputError(
+                    f"expected {layout.packed} weights for {row.name!r} of layout {layout.name}; found floats; "
+                    "choose another layout"
+                )
             elif (twin := self._twin(row, dtype)) is not None:
                 # Stored alike on both sides: no transform, so the same bits.
                 yield self.tensors[twin.name].renamed(row.name)
@@ -85,9 +90,9 @@ class Reading:
         """How the packed `row` is stored. Raises InputError where `layout` cannot store it so."""
         holders = [self._holder[name] for name in row.canonical]
         settings = {self.packed[holder.name].settings if holder.name in self.packed else None for holder in holders}
-        moved = all(TRANSFORMS[each.transform].moves_rows for each in (row, *holders))
+        movable = all(TRANSFORMS[each.transform].moves_rows for each in (row, *holders))
         own = settings.pop()
-        if settings or own is None or not moved or layout.packed not in ("mlx", own.mode):
+        if settings or own is None or not (movable or self._alike(row)) or layout.packed not in ("mlx", own.mode):
             raise InputError(
                 f"expected weights that layout {layout.name} can hold as {row.name!r}; "
                 f"found {holders[0].name!r} quantized; add --dequantize"
@@ -95,9 +100,12 @@ class Reading:
         return own
 
     def _repacked(self, layout: Layout, row: Row) -> Iterator[Tensor]:
-        """Words, scales and biases of the packed `row`: whole rows of the stored ones, in another order."""
+        """Words, scales and biases of the packed `row`: whole rows of the stored ones, in another order at most."""
         path = row.name.removesuffix("weight")
         for part in PARTS if self._settings(layout, row).affine else PARTS[:-1]:
+            if alike := self._alike(row):
+                yield getattr(self.packed[alike.name], part).renamed(path + part)
+                continue
             pieces = []
             for name in row.canonical:
                 holder = self._holder[name]
@@ -124,13 +132,15 @@ class Reading:
                     files[name] = own
         return files
 
+    def _alike(self, row: Row) -> Row | None:
+        """The row of this layout that stores what `row` does in the same way."""
+        twin = self._holder[row.canonical[0]]
+        return twin if (twin.canonical, twin.transform) == (row.canonical, row.transform) else None
+
     def _twin(self, row: Row, dtype: str | None) -> Row | None:
         """The row of this layout that stores what `row` does in the same way and, when cast, as the same dtype."""
-        twin = self._holder[row.canonical[0]]
-        if (twin.canonical, twin.transform) != (row.canonical, row.transform):
-            return None
-        tensor = self.tensors[twin.name]
-        return twin if _cast(tensor, dtype) is tensor else None
+        twin = self._alike(row)
+        return twin if twin is not None and _cast(self.tensors[twin.name], dtype) is self.tensors[twin.name] else None
 
     @cached_property
     def _holder(self) -> dict[str, Row]:

@@ -31,7 +31,8 @@ class Layout:
     header's format, or `torch` for an original file); `config` the config values the layout implies; `keys` what
     convert puts into config.json for stock libraries; `files` what it copies from the architecture's folder beside
     the weights; `loads` where a folder of this layout loads: library -> how, or why not; `packed` how a module's packed
-    weights are stored: `mlx` words, `mxfp4` blocks as published, or None: not at all.
+    weights are stored: `mlx` words, `mxfp4` blocks as published, or None: not at all; `never_floats` are patterns of
+    weights that it stores in no other way.
     """
 
     name: str
@@ -43,6 +44,11 @@ class Layout:
     files: tuple[str, ...] = ()
     loads: Mapping[str, str] = field(default_factory=dict)
     packed: str | None = None
+    never_floats: tuple[str, ...] = ()
+
+    def stores_floats(self, name: str) -> bool:
+        """Whether the tensor called `name` may be stored unpacked."""
+        return not any(fnmatchcase(name, pattern) for pattern in self.never_floats)
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def affine_from_mxfp4(words: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray
 def mxfp4_from_affine(
     words: np.ndarray, scales: np.ndarray, biases: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """The inverse: affine 5-bit words with groups of 32 that hold mxfp4 weights -> mxfp4 words and scales, else None."""
+    """The inverse: affine 5-bit words, groups of 32, that hold mxfp4 weights -> mxfp4 words and scales, else None."""
     steps, ends = scales.astype(np.float32), biases.astype(np.float32)
     fractions, exponents = np.frexp(steps)
     stored = exponents + E8M0_BIAS  # step = 2**(exponent - 1) and scale = 2 * step

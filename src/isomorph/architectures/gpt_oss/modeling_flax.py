@@ -159,9 +159,7 @@ class Attention(nnx.Module):
 class ExpertLinear(nnx.Module):
     """One matrix [in, out] and bias for each expert."""
 
-    def __init__(
-        self, experts: int, inputs: int, outputs: int, dtype: Any, param_dtype: Any, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, experts: int, inputs: int, outputs: int, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> None:
         self.dtype = dtype
         init = nnx.initializers.normal(0.02)
         self.kernel = nnx.Param(init(rngs.params(), (experts, inputs, outputs), param_dtype), **EXPERT)

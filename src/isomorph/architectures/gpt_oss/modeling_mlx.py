@@ -43,9 +43,7 @@ class ModelArgs(gpt_oss.ModelArgs):
         if not self.layer_types:
             self.layer_types = [FULL if i % 2 else SLIDING for i in range(self.num_hidden_layers)]
         if len(self.layer_types) != self.num_hidden_layers:
-            raise ValueError(
-                f"layer_types must name {self.num_hidden_layers} layers, found {len(self.layer_types)}"
-            )
+            raise ValueError(f"layer_types must name {self.num_hidden_layers} layers, found {len(self.layer_types)}")
 
 
 class YarnRoPE(nn.Module):

@@ -69,7 +69,7 @@ TRANSFORMERS_EXPERTS: dict[str, Target] = {
     f"{EXPERTS}.down_proj_bias": f"{EXPERTS}.down_proj.bias",
 }
 
-#: The NNX tree: an embedding is `embedding`, a linear map's matrix is `kernel` [in, out], stacked ones [expert, in, out].
+#: The NNX tree: an embedding is `embedding`, a linear map's matrix is `kernel` [in, out], stacked ones [E, in, out].
 FLAX_ROWS: dict[str, Target] = {
     "model.embed_tokens.embedding": "model.embed_tokens.weight",
     "model.layers.{i}.input_layernorm.scale": "model.layers.{i}.input_layernorm.weight",
@@ -98,7 +98,7 @@ FLAX_ROWS: dict[str, Target] = {
 #: What stock libraries read in config.json to find the model's class.
 CLASSES = {"architectures": ["GptOssForCausalLM"]}
 
-OTHER_NAMES = "no: NNX names; convert --to transformers"
+OTHER_NAMES = "no: other names; convert --to transformers"
 FAULTY = "natively (gpt_oss), where it ignores YaRN's truncate: false"
 REPAIRED = "with trust_remote_code, through model_file; natively it ignores YaRN's truncate: false"
 
@@ -110,6 +110,7 @@ LAYOUTS = {
             rows={**BODY, **PUBLISHED_EXPERTS},
             container="pt",
             packed="mxfp4",
+            never_floats=("*.experts.*_proj.weight",),
             description="the published files: experts in MXFP4, gate and up rows interleaved",
             keys={
                 **CLASSES,
@@ -145,7 +146,11 @@ LAYOUTS = {
             description="released mlx-lm's: gate and up apart",
             keys={**CLASSES, "model_file": "modeling_mlx.py"},
             files=("modeling_mlx.py",),
-            loads={"transformers": "no: mlx-lm's own names; convert --to transformers", "mlx-lm": REPAIRED, "vllm": "no"},
+            loads={
+                "transformers": OTHER_NAMES,
+                "mlx-lm": REPAIRED,
+                "vllm": OTHER_NAMES,
+            },
         ),
         Layout(
             name="mlx-fused",
@@ -155,9 +160,9 @@ LAYOUTS = {
             description="MLX words under fused names: gate and up rows interleaved",
             keys=CLASSES,
             loads={
-                "transformers": "no: MLX's packed words; convert --to transformers",
+                "transformers": OTHER_NAMES,
                 "mlx-lm": "no: its gpt_oss wants gate and up apart; convert --to mlx",
-                "vllm": "no",
+                "vllm": OTHER_NAMES,
             },
         ),
         Layout(
@@ -190,6 +195,5 @@ def parameters(config: GptOssConfig) -> dict[str, tuple[int, ...]]:
     names += ["model.norm.weight", "lm_head.weight"]
     patterns = [".".join("{i}" if part.isdecimal() else part for part in name.split(".")) for name in names]
     return {
-        name: tuple(dimensions[letter] for letter in SHAPES[pattern].split())
-        for name, pattern in zip(names, patterns)
+        name: tuple(dimensions[letter] for letter in SHAPES[pattern].split()) for name, pattern in zip(names, patterns)
     }
