@@ -1,17 +1,21 @@
 """The products as torch operators: `torch.ops.isomorph.*`, for torch.compile, autograd and every device.
 
-CPU tensors go to the C++ extension, anything else to plain torch. Packed words may be int32 or
-uint32 [N, K * bits / 32]; scales and biases [N, K / group_size].
+CPU tensors go to the C++ extension, those of a GPU to Triton's kernels, anything else to plain torch. Packed words may
+be int32 or uint32 [N, K * bits / 32]; scales and biases [N, K / group_size].
 """
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from typing import Any
 
 import torch
 
 from isomorph.kernels import native, reference
 from isomorph.quantize.settings import Settings
+
+log = logging.getLogger(__name__)
 
 _LIBRARY = torch.library.Library("isomorph", "DEF")
 _PACKED = "Tensor weight, Tensor scales, Tensor? biases"
@@ -49,6 +53,25 @@ def linear_with_handle(handle, x: torch.Tensor, outputs: int, settings: Settings
     return (x.float() @ values.T).to(x.dtype)
 
 
+@cache
+def _triton() -> Any:
+    """Triton's kernels, or None (said once) without Triton."""
+    try:
+        from isomorph.kernels import triton
+    except ImportError as error:
+        log.warning("Triton is missing (%s), so quantized products run through plain torch; pip install triton", error)
+        return None
+    return triton
+
+
+def _linear_cuda(x, weight, scales, biases, bits, group_size, mode, fast):
+    kernels = _triton()
+    if kernels is None or x.dtype not in kernels.TYPES:
+        return _linear_any(x, weight, scales, biases, bits, group_size, mode, fast)
+    y = kernels.linear(_flat(x), weight, scales, biases, Settings(bits, group_size, mode))
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
 def _linear_any(x, weight, scales, biases, bits, group_size, mode, fast):
     y = reference.linear(_flat(x), weight, scales, biases, Settings(bits, group_size, mode))
     return y.reshape(*x.shape[:-1], weight.shape[0])
@@ -60,6 +83,14 @@ def _experts_cpu(x, weight, scales, biases, experts, bits, group_size, mode, fas
         return reference.experts_linear(rows, weight, scales, biases, chosen, settings)
     handle = native.packed_handle(weight, scales, biases, settings)
     return native.multiply_experts(handle, rows, chosen, weight.shape[1], fast)
+
+
+def _experts_cuda(x, weight, scales, biases, experts, bits, group_size, mode, fast):
+    kernels = _triton()
+    if kernels is None or x.dtype not in kernels.TYPES:
+        return _experts_any(x, weight, scales, biases, experts, bits, group_size, mode, fast)
+    settings, chosen = Settings(bits, group_size, mode), experts.reshape(-1).long()
+    return kernels.experts_linear(_flat(x), weight, scales, biases, chosen, settings)
 
 
 def _experts_any(x, weight, scales, biases, experts, bits, group_size, mode, fast):
@@ -77,6 +108,15 @@ def _rows_cpu(weight, scales, biases, indices, bits, group_size, mode, dtype):
     return values.reshape(*indices.shape, columns)
 
 
+def _rows_cuda(weight, scales, biases, indices, bits, group_size, mode, dtype):
+    kernels = _triton()
+    if kernels is None or dtype not in kernels.TYPES:
+        return _rows_any(weight, scales, biases, indices, bits, group_size, mode, dtype)
+    settings = Settings(bits, group_size, mode)
+    values = kernels.dequantize_rows(weight, scales, biases, indices.reshape(-1), settings, dtype)
+    return values.reshape(*indices.shape, values.shape[1])
+
+
 def _rows_any(weight, scales, biases, indices, bits, group_size, mode, dtype):
     local = None if biases is None else biases[indices]
     return reference.dequantize(weight[indices], scales[indices], local, Settings(bits, group_size, mode), dtype)
@@ -91,9 +131,9 @@ def _bfloat16_cpu(x, weight):
 
 
 _IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
-    "quantized_linear": {"CPU": _linear_cpu, "CompositeExplicitAutograd": _linear_any},
-    "quantized_experts_linear": {"CPU": _experts_cpu, "CompositeExplicitAutograd": _experts_any},
-    "dequantize_rows": {"CPU": _rows_cpu, "CompositeExplicitAutograd": _rows_any},
+    "quantized_linear": {"CPU": _linear_cpu, "CUDA": _linear_cuda, "CompositeExplicitAutograd": _linear_any},
+    "quantized_experts_linear": {"CPU": _experts_cpu, "CUDA": _experts_cuda, "CompositeExplicitAutograd": _experts_any},
+    "dequantize_rows": {"CPU": _rows_cpu, "CUDA": _rows_cuda, "CompositeExplicitAutograd": _rows_any},
     "bfloat16_linear": {
         "CPU": _bfloat16_cpu,
         "CompositeExplicitAutograd": lambda x, weight: torch.nn.functional.linear(x, weight.to(x.dtype)),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from isomorph.checkpoint.source import Checkpoint
@@ -45,15 +47,21 @@ def shared_layout(checkpoint: Checkpoint, to: str) -> str:
 
 
 def mlx_lm_has(model_type: str) -> bool:
-    """Whether the installed mlx-lm has a model of that type."""
-    if find_spec("mlx_lm") is None:
+    """Whether the installed mlx-lm has a model of that type; by its files, as importing it takes seconds."""
+    package = find_spec("mlx_lm")
+    if package is None or package.origin is None:
         return False
-    try:
-        from mlx_lm.utils import MODEL_REMAPPING
+    folder = Path(package.origin).parent
+    name = _renamed_by_mlx_lm(folder / "utils.py").get(model_type, model_type)
+    return name.isidentifier() and (folder / "models" / f"{name}.py").is_file()
 
-        return find_spec(f"mlx_lm.models.{MODEL_REMAPPING.get(model_type, model_type)}") is not None
-    except (ImportError, ValueError):
-        return False
+
+def _renamed_by_mlx_lm(utils: Path) -> dict[str, str]:
+    """`MODEL_REMAPPING` of mlx_lm.utils: model types that share another one's model."""
+    for node in ast.parse(utils.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "MODEL_REMAPPING":
+            return ast.literal_eval(node.value)
+    return {}
 
 
 def transformers_has(model_type: str) -> bool:

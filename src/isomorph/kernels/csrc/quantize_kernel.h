@@ -6,6 +6,11 @@
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
+#include <utility>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #include "quantize.h"
 
@@ -56,6 +61,21 @@ template <class V>
 V most(V a, V b) {
   return a > b ? a : b;
 }
+// Compilers split these conversions where the instruction set has one instruction (GCC 12).
+#if defined(__AVX512F__)
+inline Ints widened(Shorts value) { return Ints(_mm512_cvtepu16_epi32(__m256i(value))); }
+inline Ints widened(Bytes value) { return Ints(_mm512_cvtepu8_epi32(__m128i(value))); }
+inline Bytes narrowed(Ints value) { return Bytes(_mm512_cvtepi32_epi8(__m512i(value))); }
+#elif defined(__AVX2__)
+inline Ints widened(Shorts value) { return Ints(_mm256_cvtepu16_epi32(__m128i(value))); }
+inline Ints widened(Bytes value) { return Ints(_mm256_cvtepu8_epi32(_mm_set_epi64x(0, as<long long>(value)))); }
+#else
+inline Ints widened(Shorts value) { return __builtin_convertvector(value, Ints); }
+inline Ints widened(Bytes value) { return widened(__builtin_convertvector(value, Shorts)); }
+#endif
+#if !defined(__AVX512F__)
+inline Bytes narrowed(Ints value) { return __builtin_convertvector(__builtin_convertvector(value, Shorts), Bytes); }
+#endif
 inline Floats all(float value) { return value - Floats{}; }
 inline Ints all_bits(int32_t value) { return value - Ints{}; }
 inline Ints magnitude_bits(Floats value) { return as<Ints>(value) & 0x7fffffff; }
@@ -68,7 +88,7 @@ Floats load_weights(const void* from, int64_t index) {
   if constexpr (type == Type::float32) {
     return load_vector<Floats>(at);
   } else {
-    const Ints wide = __builtin_convertvector(load_vector<Shorts>(at), Ints);
+    const Ints wide = widened(load_vector<Shorts>(at));
     if constexpr (type == Type::bfloat16) {
       return as<Floats>(wide << 16);
     } else {
@@ -125,48 +145,43 @@ void store_weights(void* to, int64_t index, Floats value) {
   if constexpr (type == Type::float16) store_vector(at, __builtin_convertvector(float16_bits(value), Shorts));
 }
 
-// ---- packing: eight codes of a byte each are squeezed into `bits` bytes in three steps of pairs, and spread again ----
+// ---- packing: eight codes of a byte each become `bits` bytes in three steps of pairs, inside one 64-bit integer ----
 
-constexpr uint64_t low_fields(int lane, int bits) {
+template <int bits, int lane>
+constexpr uint64_t low_fields() {
   uint64_t ones = 0;
   for (int start = 0; start < 64; start += 2 * lane) ones |= ((uint64_t(1) << bits * lane / 8) - 1) << start;
   return ones;
 }
 
+// Joins the fields of two lanes of `lane` bits.
+template <int bits, int lane>
+uint64_t joined(uint64_t eight) {
+  constexpr uint64_t low = low_fields<bits, lane>();
+  constexpr int width = bits * lane / 8;
+  return (eight & low) | ((eight >> (lane - width)) & (low << width));
+}
+
+template <int bits, int lane>
+uint64_t parted(uint64_t eight) {
+  constexpr uint64_t low = low_fields<bits, lane>();
+  constexpr int width = bits * lane / 8;
+  return (eight & low) | ((eight << (lane - width)) & (low << lane));
+}
+
+// Codes of a tile, one a byte; packing them destroys them.
+typedef uint64_t Eights[kTile * kMaxGroup / 8];
+
 template <int bits>
-void pack(const uint8_t* codes, int64_t count, uint8_t* out) {
-  if constexpr (bits == 8) {
-    std::memcpy(out, codes, size_t(count));
-    return;
-  }
-  for (int64_t i = 0; i < count / 8; ++i) {
-    uint64_t eight;
-    std::memcpy(&eight, codes + 8 * i, 8);
-    for (int lane = 8; lane < 64; lane *= 2) {
-      const uint64_t low = low_fields(lane, bits);
-      const int width = bits * lane / 8;
-      eight = (eight & low) | (eight >> (lane - width) & low << width);
-    }
-    std::memcpy(out + bits * i, &eight, bits);
-  }
+void pack(Eights& eights, int count, uint8_t* out) {
+  for (int i = 0; i < count / 8; ++i) eights[i] = joined<bits, 32>(joined<bits, 16>(joined<bits, 8>(eights[i])));
+  for (int i = 0; i < count / 8; ++i) std::memcpy(out + bits * i, &eights[i], bits);
 }
 
 template <int bits>
-void unpack(const uint8_t* packed, int64_t count, uint8_t* codes) {
-  if constexpr (bits == 8) {
-    std::memcpy(codes, packed, size_t(count));
-    return;
-  }
-  for (int64_t i = 0; i < count / 8; ++i) {
-    uint64_t eight = 0;
-    std::memcpy(&eight, packed + bits * i, bits);
-    for (int lane = 32; lane >= 8; lane /= 2) {
-      const uint64_t low = low_fields(lane, bits);
-      const int width = bits * lane / 8;
-      eight = (eight & low) | (eight << (lane - width) & low << lane);
-    }
-    std::memcpy(codes + 8 * i, &eight, 8);
-  }
+void unpack(const uint8_t* packed, int count, Eights& eights) {
+  for (int i = 0; i < count / 8; ++i) eights[i] = 0, std::memcpy(&eights[i], packed + bits * i, bits);
+  for (int i = 0; i < count / 8; ++i) eights[i] = parted<bits, 8>(parted<bits, 16>(parted<bits, 32>(eights[i])));
 }
 
 // ---- elements of the microscaling formats ----
@@ -225,11 +240,24 @@ struct Terms {  // a weight is scale * element + bias
   float scale[kTile], bias[kTile];
 };
 
-template <class Reduce>
-float over_lanes(Floats value, Reduce reduce) {
-  for (int width = kLanes / 2; width; width /= 2)
-    for (int i = 0; i < width; ++i) value[i] = reduce(value[i], value[i + width]);
-  return value[0];
+// The two halves of a vector.
+template <class Half, class V>
+std::pair<Half, Half> halves(V value) {
+  static_assert(2 * sizeof(Half) == sizeof(V));
+  Half half[2];
+  std::memcpy(half, &value, sizeof half);
+  return {half[0], half[1]};
+}
+
+template <int lanes = kLanes, class V, class Reduce>
+float over_lanes(V value, Reduce reduce) {
+  if constexpr (lanes == 1) {
+    return value[0];
+  } else {
+    typedef float Half __attribute__((vector_size(2 * lanes)));
+    const auto [first, second] = halves<Half>(value);
+    return over_lanes<lanes / 2>(reduce(first, second), reduce);
+  }
 }
 
 // [low, high] of each group into `range`; returns the bits of the largest magnitudes seen, NaN and infinity included.
@@ -241,7 +269,8 @@ Ints ranges(const void* weights, int count, int group, Terms& range, Ints worst)
       const Floats value = load_weights<type>(weights, i);
       low = least(value, low), high = most(value, high), worst = most(magnitude_bits(value), worst);
     }
-    range.scale[g] = over_lanes(low, least<float>), range.bias[g] = over_lanes(high, most<float>);
+    range.scale[g] = over_lanes(low, [](auto a, auto b) { return least(a, b); });
+    range.bias[g] = over_lanes(high, [](auto a, auto b) { return most(a, b); });
   }
   return worst;
 }
@@ -269,7 +298,7 @@ void affine_codes(const void* weights, int count, int group, const Terms& terms,
       Floats position = (load_weights<type>(weights, i) - bias) / scale;
       position = least(most(position, Floats{}), levels);  // the 0 / 0 of a huge constant group is code 0
       const Ints code = as<Ints>(position + 0x1.8p23f);    // its last bits are the nearest even integer
-      store_vector(codes + i, __builtin_convertvector(code, Bytes));
+      store_vector(codes + i, narrowed(code));
     }
   }
 }
@@ -289,14 +318,19 @@ void microscaled_terms(Terms& terms, int count, uint8_t* scales) {
 template <Mode mode, Type type>
 void microscaled_codes(const void* weights, int count, int group, const Terms& terms, uint8_t* codes) {
   for (int g = 0; g < count; ++g) {
-    const Floats step = all(terms.scale[g]);
+    const float step = terms.scale[g];
     for (int i = g * group; i < (g + 1) * group; i += kLanes) {
-      Floats scaled = rounded<type>(load_weights<type>(weights, i) / step);
-      if (terms.scale[g] == 0) scaled = Floats{};
-      store_vector(codes + i, __builtin_convertvector(mode == Mode::mxfp8 ? to_e4m3(scaled) : to_e2m1(scaled), Bytes));
-      if (mode == Mode::nvfp4 && terms.scale[g] == 448)
-        for (int lane = 0; lane < kLanes; ++lane)
+      const Floats weight = load_weights<type>(weights, i);
+      if constexpr (mode != Mode::nvfp4) {
+        // Exact, as the step is a power of two; what leaves the range of `type` is far below the smallest element.
+        const Floats scaled = weight * (1 / step);
+        store_vector(codes + i, narrowed(mode == Mode::mxfp8 ? to_e4m3(scaled) : to_e2m1(scaled)));
+      } else {
+        const Floats scaled = step == 0 ? Floats{} : rounded<type>(weight / step);
+        store_vector(codes + i, narrowed(to_e2m1(scaled)));
+        for (int lane = 0; step == 448 && lane < kLanes; ++lane)
           if (std::fabs(scaled[lane]) > 12) codes[i + lane] = nearest_e2m1(scaled[lane]);
+      }
     }
   }
 }
@@ -304,33 +338,43 @@ void microscaled_codes(const void* weights, int count, int group, const Terms& t
 // Weights in `type`, as mx.dequantize computes them: the product is rounded, then the sum.
 template <Mode mode, Type type>
 Floats decoded(const uint8_t* codes, Floats scale, Floats bias) {
-  const Ints code = __builtin_convertvector(load_vector<Bytes>(codes), Ints);
+  const Ints code = widened(load_vector<Bytes>(codes));
   if constexpr (mode == Mode::affine)
     return rounded<type>(rounded<type>(__builtin_convertvector(code, Floats) * scale) + bias);
   else
     return rounded<type>((mode == Mode::mxfp8 ? from_e4m3(code) : from_e2m1(code)) * scale);
 }
 
+typedef double Doubles __attribute__((vector_size(4 * kLanes)));
+
+// The squares of two halves, added.
+inline Doubles squared(Floats value) {
+  typedef float Half __attribute__((vector_size(2 * kLanes)));
+  const auto [first, second] = halves<Half>(value);
+  const Doubles a = __builtin_convertvector(first, Doubles), b = __builtin_convertvector(second, Doubles);
+  return a * a + b * b;
+}
+
 template <Mode mode, Type type>
 void add_squares(const void* weights, int count, int group, const Terms& terms, const uint8_t* codes, Squares& squares) {
-  double error[kLanes] = {}, signal[kLanes] = {};
-  for (int i = 0; i < count * group; i += kLanes) {
-    const Floats scale = all(terms.scale[i / group]), bias = all(terms.bias[i / group]);
-    const Floats weight = load_weights<type>(weights, i);
-    const Floats off = decoded<mode, Type::float32>(codes + i, scale, bias) - weight;
-    for (int lane = 0; lane < kLanes; ++lane) {
-      error[lane] += double(off[lane]) * off[lane];
-      signal[lane] += double(weight[lane]) * weight[lane];
+  Doubles error{}, signal{};
+  for (int g = 0; g < count; ++g) {
+    const Floats scale = all(terms.scale[g]), bias = all(terms.bias[g]);
+    for (int i = g * group; i < (g + 1) * group; i += kLanes) {
+      const Floats weight = load_weights<type>(weights, i);
+      error += squared(decoded<mode, Type::float32>(codes + i, scale, bias) - weight);
+      signal += squared(weight);
     }
   }
-  for (int lane = 0; lane < kLanes; ++lane) squares.error += error[lane], squares.signal += signal[lane];
+  for (int lane = 0; lane < kLanes / 2; ++lane) squares.error += error[lane], squares.signal += signal[lane];
 }
 
 // ---- runs of groups ----
 
 template <Mode mode, int bits, Type type>
 bool encode_groups(int group, const void* weights, int64_t groups, const PackedGroups& out, Squares* squares) {
-  alignas(64) uint8_t codes[kTile * kMaxGroup];
+  alignas(64) Eights eights;
+  auto* codes = reinterpret_cast<uint8_t*>(eights);
   Ints worst{};
   for (int64_t start = 0; start < groups; start += kTile) {
     const int count = int(std::min<int64_t>(kTile, groups - start));
@@ -349,8 +393,8 @@ bool encode_groups(int group, const void* weights, int64_t groups, const PackedG
       microscaled_terms<mode, type>(terms, count, static_cast<uint8_t*>(out.scales) + start);
       microscaled_codes<mode, type>(from, count, group, terms, codes);
     }
-    pack<bits>(codes, count * group, out.codes + start * group / 8 * bits);
     if (squares) add_squares<mode, type>(from, count, group, terms, codes, *squares);
+    pack<bits>(eights, count * group, out.codes + start * group / 8 * bits);
   }
   const int limit = type == Type::float16 ? 0x47800000 : 0x7f800000;
   for (int lane = 0; lane < kLanes; ++lane)
@@ -360,10 +404,11 @@ bool encode_groups(int group, const void* weights, int64_t groups, const PackedG
 
 template <Mode mode, int bits, Type type>
 void decode_groups(int group, Type scale_type, const PackedGroups& from, int64_t groups, void* weights) {
-  alignas(64) uint8_t codes[kTile * kMaxGroup];
+  alignas(64) Eights eights;
+  auto* codes = reinterpret_cast<uint8_t*>(eights);
   for (int64_t start = 0; start < groups; start += kTile) {
     const int count = int(std::min<int64_t>(kTile, groups - start));
-    unpack<bits>(from.codes + start * group / 8 * bits, count * group, codes);
+    unpack<bits>(from.codes + start * group / 8 * bits, count * group, eights);
     for (int g = 0; g < count; ++g) {
       float scale, bias = 0;
       if (mode == Mode::affine) {
