@@ -9,6 +9,7 @@ import numpy as np
 
 from isomorph.errors import InputError
 from isomorph.frameworks.model import Model
+from isomorph.generate.channels import ChannelText, has_channels
 from isomorph.generate.engine import Generation, Row, decode, new_state, room
 from isomorph.generate.options import Options
 from isomorph.generate.prompts import read_prompts
@@ -28,11 +29,13 @@ def generate(model: Model, prompt: Any, **options: Any) -> Generation | list[Gen
     - `stop=None`: a string or strings that end the text, themselves left out. Tokens that end it: see `stop_rules`.
     - `max_kv_size=None`: a bound on prompt and answer together, hence on the decode state; the answer ends there with
       finish_reason `length`, and a prompt that leaves no room is refused.
+    - `show_analysis=False`: of an answer in channels (gpt-oss) stream what the model thinks, too.
+    - `chat_template=None`: values for the chat template of messages, such as `{"reasoning_effort": "high"}`.
 
     Rows of a batch may differ in length; each gets what it would get alone. Raises InputError.
     """
     chosen = Options.of(options)
-    prompts, batched = read_prompts(model, prompt)
+    prompts, batched = read_prompts(model, prompt, chosen.chat_template)
     rows = make_rows(model, prompts, chosen)
     for _ in decode(rows, new_state(model, rows)):
         pass
@@ -46,7 +49,7 @@ def stream(model: Model, prompt: Any, **options: Any) -> TextStream:
     A piece never ends in half a character, nor in what may be the beginning of a stop string or a chat marker.
     """
     chosen = Options.of(options)
-    prompts, batched = read_prompts(model, prompt)
+    prompts, batched = read_prompts(model, prompt, chosen.chat_template)
     if batched:
         raise InputError("expected one prompt to stream; found a list; use generate for a batch")
     if model.tokenizer is None:
@@ -64,10 +67,18 @@ def make_rows(model: Model, prompts: Sequence[np.ndarray], options: Options) -> 
             sampler=sampler,
             rules=rules,
             max_tokens=room(model, len(prompt), options),
-            answer=None if model.tokenizer is None else AnswerText(model.tokenizer, rules.strings),
+            answer=_answer_text(model.tokenizer, rules.strings, options),
         )
         for prompt, sampler in zip(prompts, samplers(options, prompts, model.vocab_size))
     ]
+
+
+def _answer_text(tokenizer: Any, stops: Sequence[str], options: Options) -> AnswerText | ChannelText | None:
+    if tokenizer is None:
+        return None
+    if has_channels(tokenizer):
+        return ChannelText(tokenizer, stops, options.show_analysis)
+    return AnswerText(tokenizer, stops)
 
 
 class TextStream(Iterator[str]):

@@ -43,7 +43,7 @@ class Conversation:
             raise InputError("expected a model to chat with; its tokenizer has no chat template; use generate instead")
         # Refuses options that the model cannot meet before anyone has typed anything.
         empty: list[Message] = [{"role": "user", "content": ""}]
-        make_rows(model, [encode_messages(model, [*self.system, *empty])], self.options)
+        make_rows(model, [encode_messages(model, [*self.system, *empty], self.options.chat_template)], self.options)
 
     def reset(self) -> None:
         """Forget every turn; the system message stays."""
@@ -75,7 +75,7 @@ class Conversation:
         wanted = min(self.options.max_tokens, int(self._limit() * ANSWER_SHARE))
         self.dropped = 0
         while True:
-            prompt = encode_messages(self.model, [*self.system, *messages])
+            prompt = encode_messages(self.model, [*self.system, *messages], self.options.chat_template)
             if len(prompt) + max(1, wanted) <= self._limit():
                 return messages, prompt
             later = [index for index, message in enumerate(messages) if index and message["role"] == "user"]

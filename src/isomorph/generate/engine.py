@@ -10,6 +10,7 @@ import numpy as np
 
 from isomorph.errors import InputError
 from isomorph.frameworks.model import DecodeState, Model
+from isomorph.generate.channels import ChannelMessage, ChannelText
 from isomorph.generate.options import Options
 from isomorph.generate.sampling import Sampler
 from isomorph.generate.stopping import StopRules
@@ -25,7 +26,8 @@ class Generation:
 
     `token_ids` are the new ones, a stop token included; `text` is theirs without special tokens and cut at a stop
     string ("" when the model has no tokenizer). `finish_reason` is `stop`, or `length` when `max_tokens` or the context
-    was used up, or `interrupted`. Speeds are tokens per second: of the prompt, as far as it was not held already, until
+    was used up, or `interrupted`. `messages` are the parts of an answer in channels (gpt-oss), of which `text` is the
+    final one. Speeds are tokens per second: of the prompt, as far as it was not held already, until
     the answer's first token; of the answer from there on (None for a single token). Rows of a batch share the clock.
     """
 
@@ -37,6 +39,7 @@ class Generation:
     time_to_first_token_seconds: float
     prompt_tokens_per_second: float
     generation_tokens_per_second: float | None
+    messages: tuple[ChannelMessage, ...] = ()
 
 
 @dataclass
@@ -47,7 +50,7 @@ class Row:
     sampler: Sampler
     rules: StopRules
     max_tokens: int
-    answer: AnswerText | None
+    answer: AnswerText | ChannelText | None
     tokens: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     _held: int = 0
@@ -106,6 +109,7 @@ class Row:
             time_to_first_token_seconds=first - started,
             prompt_tokens_per_second=(len(self.prompt) - self._held) / max(first - started, 1e-9),
             generation_tokens_per_second=steps / max(last - first, 1e-9) if steps > 0 else None,
+            messages=self.answer.messages if isinstance(self.answer, ChannelText) else (),
         )
 
 

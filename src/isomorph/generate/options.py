@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -15,12 +15,16 @@ class Options(Sampling):
     """How tokens are drawn (see `Sampling`), and where the answer ends.
 
     `max_tokens` is the most new tokens. `stop` is a string or strings that end the text. `max_kv_size` is the most
-    tokens that prompt and answer may take together. Raises InputError for a value that cannot be.
+    tokens that prompt and answer may take together. `show_analysis` streams every channel of an answer that has
+    channels; `chat_template` holds values for the chat template, such as `reasoning_effort`. Raises InputError for a
+    value that cannot be.
     """
 
     max_tokens: int = 256
     stop: str | Sequence[str] | None = None
     max_kv_size: int | None = None
+    show_analysis: bool = False
+    chat_template: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -28,6 +32,8 @@ class Options(Sampling):
             value = getattr(self, name)
             if (value is not None or name == "max_tokens") and not (is_integer(value) and value >= 1):
                 raise InputError(f"expected {name} to be a whole number from 1; found {value!r}")
+        if self.chat_template is not None and not isinstance(self.chat_template, Mapping):
+            raise InputError(f"expected chat_template to map names to values; found {self.chat_template!r}")
         for string in self.stop_strings:
             if not isinstance(string, str) or not string:
                 raise InputError(f"expected stop to be a string or a list of strings, none empty; found {string!r}")

@@ -15,21 +15,24 @@ if TYPE_CHECKING:
 Messages = Sequence[Mapping[str, str]]
 
 
-def read_prompts(model: Model, prompt: Any) -> tuple[list[np.ndarray], bool]:
+def read_prompts(
+    model: Model, prompt: Any, chat_template: Mapping[str, Any] | None = None
+) -> tuple[list[np.ndarray], bool]:
     """`prompt` as rows of ids, int64 [T] each, and whether it was a batch.
 
     One prompt: str, ids [T], or messages (`{"role": ..., "content": ...}`). A batch: ids [B, T], or a list of prompts
-    of any kind. Raises InputError for anything else, an empty prompt, ids outside the vocabulary or too many of them.
+    of any kind. `chat_template` holds further values for the template that writes messages. Raises InputError for
+    anything else, an empty prompt, ids outside the vocabulary or too many of them.
     """
     if isinstance(prompt, (str, bytes, Mapping)) or not isinstance(prompt, Sequence):
-        return _read_one_or_array(model, prompt)
+        return _read_one_or_array(model, prompt, chat_template)
     if len(prompt) and not any(_is_prompt(item) for item in prompt):
-        return [_read(model, prompt)], False
+        return [_read(model, prompt, chat_template)], False
     if not len(prompt):
         raise InputError("expected at least one token; found an empty prompt; give a prompt")
     if not all(_is_prompt(item) for item in prompt):
         raise InputError(f"expected a prompt or a list of prompts of one kind; found {_describe(prompt)}")
-    return [_read(model, item) for item in prompt], True
+    return [_read(model, item, chat_template) for item in prompt], True
 
 
 def encode(model: Model, text: str, add_special_tokens: bool = True) -> np.ndarray:
@@ -48,8 +51,11 @@ def has_chat_template(model: Model) -> bool:
     return bool(getattr(model.tokenizer, "chat_template", None))
 
 
-def encode_messages(model: Model, messages: Messages) -> np.ndarray:
-    """Ids of a conversation in the tokenizer's chat template, up to where the answer begins."""
+def encode_messages(model: Model, messages: Messages, chat_template: Mapping[str, Any] | None = None) -> np.ndarray:
+    """Ids of a conversation in the tokenizer's chat template, up to where the answer begins.
+
+    `chat_template` holds further values for the template, such as `reasoning_effort` or `tools`.
+    """
     for message in messages:
         if not isinstance(message, Mapping) or not all(
             isinstance(message.get(key), str) for key in ("role", "content")
@@ -62,7 +68,9 @@ def encode_messages(model: Model, messages: Messages) -> np.ndarray:
     if not has_chat_template(model):
         raise InputError("expected text or ids, because the tokenizer has no chat template; found messages; pass text")
     try:
-        text = model.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+        text = model.tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=False, **(chat_template or {})
+        )
     except Exception as error:
         # Templates refuse what they cannot say (two user turns in a row, a system turn) by raising in jinja.
         if type(error).__module__.partition(".")[0] != "jinja2":
@@ -71,19 +79,21 @@ def encode_messages(model: Model, messages: Messages) -> np.ndarray:
     return encode(model, text, add_special_tokens=False)
 
 
-def _read(model: Model, prompt: Any) -> np.ndarray:
+def _read(model: Model, prompt: Any, chat_template: Mapping[str, Any] | None) -> np.ndarray:
     """One prompt."""
-    rows, batched = _read_one_or_array(model, prompt)
+    rows, batched = _read_one_or_array(model, prompt, chat_template)
     if batched:
         raise InputError("expected each prompt of a list to be text, ids [T] or messages; found a nested list")
     return rows[0]
 
 
-def _read_one_or_array(model: Model, prompt: Any) -> tuple[list[np.ndarray], bool]:
+def _read_one_or_array(
+    model: Model, prompt: Any, chat_template: Mapping[str, Any] | None
+) -> tuple[list[np.ndarray], bool]:
     if isinstance(prompt, str):
         return [_checked(model, encode(model, prompt))], False
     if isinstance(prompt, Sequence) and len(prompt) and all(isinstance(item, Mapping) for item in prompt):
-        return [_checked(model, encode_messages(model, prompt))], False
+        return [_checked(model, encode_messages(model, prompt, chat_template))], False
     if isinstance(prompt, (bytes, Mapping)) or prompt is None:
         raise InputError(f"expected a prompt as text, ids or a list of messages; found {_describe(prompt)}")
     try:
