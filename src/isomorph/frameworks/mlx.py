@@ -170,7 +170,8 @@ def load_model(
             name = str(limits.get("model_type"))
         else:
             module = _load_own(architecture, checkpoint, config, compute)
-            limits, name = asdict(config), architecture.model_type
+            limits = {key: getattr(config, key) for key in ("vocab_size", "max_position_embeddings")}
+            name = architecture.model_type
         module.eval()
         mx.eval(module.parameters())
     return MLXModel(module, config, architecture=name, dtype=compute, device=where, limits=limits)

@@ -22,6 +22,7 @@ from isomorph.errors import InputError, did_you_mean
 from isomorph.frameworks.model import Model
 from isomorph.frameworks.torch_quantized import place, quantized_model
 from isomorph.frameworks.torch_state import TorchDecodeState
+from isomorph.frameworks.torch_step import Steps
 from isomorph.kernels.modules import speed_up
 from isomorph.port import mapped
 
@@ -211,6 +212,7 @@ class TorchModel(Model):
         self.num_layers = int(text.num_hidden_layers)
         self.max_positions = int(getattr(text, "max_position_embeddings", None) or np.iinfo(np.int32).max)
         self._accepted = frozenset(inspect.signature(module.forward).parameters)
+        self.steps = Steps(self)
 
     @torch.inference_mode()
     def forward(
@@ -255,7 +257,8 @@ class TorchModel(Model):
     def _decode_state(
         self, batch_size: int, left_padding: np.ndarray | None, max_length: int | None
     ) -> TorchDecodeState:
-        return TorchDecodeState(self, np.zeros(batch_size, np.int64) if left_padding is None else left_padding)
+        padding = np.zeros(batch_size, np.int64) if left_padding is None else left_padding
+        return TorchDecodeState(self, padding, max_length)
 
     def load_decode_state(self, path: Path) -> TorchDecodeState:
         return TorchDecodeState.load(self, path)

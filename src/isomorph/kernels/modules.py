@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -10,6 +12,19 @@ from torch import nn
 
 from isomorph.kernels import native, ops
 from isomorph.quantize.settings import Settings
+
+
+_operators: ContextVar[bool] = ContextVar("isomorph_operators", default=False)
+
+
+@contextmanager
+def through_operators() -> Iterator[None]:
+    """Modules call `torch.ops.isomorph`, which whoever records operations sees, rather than the extension itself."""
+    token = _operators.set(True)
+    try:
+        yield
+    finally:
+        _operators.reset(token)
 
 
 class PackedModule(nn.Module):
@@ -69,7 +84,7 @@ class PackedModule(nn.Module):
     def _direct(self, x: torch.Tensor) -> bool:
         """Whether to call the extension without the operator's dispatch, which costs more than a small product."""
         return (
-            not torch.compiler.is_compiling()
+            not (torch.compiler.is_compiling() or _operators.get())
             and x.device.type == "cpu"
             and not (x.requires_grad and torch.is_grad_enabled())
             and x.dtype in native.TYPES
@@ -191,7 +206,7 @@ class Bfloat16Linear(nn.Linear):
         training = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
         if not few or training or x.device.type != "cpu":
             return super().forward(x)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _operators.get():
             y = torch.ops.isomorph.bfloat16_linear(x, self.weight)
         else:
             y = native.multiply_bfloat16(self.weight, ops._flat(x)).view(*x.shape[:-1], self.out_features)

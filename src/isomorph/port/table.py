@@ -118,9 +118,12 @@ def parse(target: Target) -> tuple[tuple[str, ...] | None, str]:
 
 
 def _indices(pattern: str, shapes: Mapping[str, Shape]) -> Iterator[str]:
-    """The values of `{i}` for which `pattern` is a canonical name; one empty value when it has none."""
+    """The values of `{i}` for which `pattern` is one of this config's canonical names; one empty value without `{i}`.
+
+    A config may lack what its architecture has, such as a head of its own.
+    """
     if "{i}" not in pattern:
-        yield ""
+        yield from [""] if pattern in shapes else []
         return
     matcher = re.compile(re.escape(pattern).replace(r"\{i\}", r"(\d+)"))
     yield from (match[1] for name in shapes if (match := matcher.fullmatch(name)))

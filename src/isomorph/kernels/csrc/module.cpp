@@ -1,5 +1,6 @@
 // Python binding. Pointers come from tensors' data_ptr(): the caller has checked shapes, dtypes and contiguity.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -10,6 +11,7 @@
 #include "dispatch.h"
 #include "pool.h"
 #include "quantize.h"
+#include "step.h"
 
 namespace nb = nanobind;
 using namespace isomorph;
@@ -62,7 +64,6 @@ constexpr int64_t kBlockRows = 2040;
 
 // x_stride is in elements; y is contiguous [count, rows of w].
 void multiply(const Packed& w, uintptr_t x, int x_type, int64_t x_stride, int64_t count, uintptr_t y, int y_type, bool fast) {
-  nb::gil_scoped_release release;
   const int64_t x_bytes = x_stride * size_of(Type(x_type)), y_bytes = w.weights.rows * size_of(Type(y_type));
   for (int64_t start = 0; start < count; start += kBlockRows) {
     RowPointers pointers;
@@ -77,7 +78,6 @@ void multiply_experts(const Packed& w, uintptr_t x, int x_type, int64_t x_stride
   const auto* chosen = reinterpret_cast<const int64_t*>(experts);
   for (int64_t i = 0; i < count; ++i)
     if (chosen[i] < 0 || chosen[i] >= w.experts) throw std::out_of_range("expert index out of range");
-  nb::gil_scoped_release release;
   std::vector<RowPointers> by_expert(size_t(w.experts));
   const int64_t x_bytes = x_stride * size_of(Type(x_type)), y_bytes = w.weights.rows * size_of(Type(y_type));
   for (int64_t i = 0; i < count; ++i) by_expert[size_t(chosen[i])].add(x, x_bytes, y, y_bytes, i / repeats, i);
@@ -88,7 +88,6 @@ void multiply_experts(const Packed& w, uintptr_t x, int x_type, int64_t x_stride
 
 void multiply_bfloat16(uintptr_t w, int64_t n, int64_t k, uintptr_t x, int x_type, int64_t x_stride, int64_t count, uintptr_t y,
                        int y_type) {
-  nb::gil_scoped_release release;
   RowPointers pointers;
   for (int64_t m = 0; m < count; ++m)
     pointers.add(x, x_stride * size_of(Type(x_type)), y, n * size_of(Type(y_type)), m, m);
@@ -142,14 +141,66 @@ double read_bandwidth(uintptr_t data, int64_t bytes) {
   return double(bytes) / std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / 1e9;
 }
 
+View view(uintptr_t data, int type, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+  if (sizes.size() != strides.size() || sizes.size() > size_t(kMaxRank) || type < 0 || type > 2)
+    throw std::invalid_argument("unsupported view");
+  return {reinterpret_cast<void*>(data), Type(type), sizes, strides};
+}
+
+void run_step(const Step& step, const std::vector<uint64_t>& keys, const std::vector<uint64_t>& values, int64_t capacity,
+              int64_t filled, uintptr_t starts) {
+  if (filled >= capacity) throw std::out_of_range("no slot is left");
+  nb::gil_scoped_release release;
+  step.run({keys.data(), values.data(), capacity, filled, reinterpret_cast<const int64_t*>(starts)});
+}
+
+void bind_step(nb::module_& m) {
+  nb::class_<View>(m, "View").def("__init__", [](View* self, uintptr_t data, int type, std::vector<int64_t> sizes, std::vector<int64_t> strides) {
+    new (self) View(view(data, type, sizes, strides));
+  });
+  nb::class_<Step>(m, "Step")
+      .def(nb::init<>())
+      .def("__len__", &Step::size)
+      .def("run", &run_step)
+      .def("elementwise",
+           [](Step& self, const std::string& name, const View& out, const View& a, std::optional<View> b, float p, float q) {
+             self.add(Elementwise{elementwise_operation(name), out, a, b.value_or(View{}), p, q});
+           }, nb::arg("name"), nb::arg("out"), nb::arg("a"), nb::arg("b").none(), nb::arg("p"), nb::arg("q"))
+      .def("reduce", [](Step& self, const std::string& name, const View& out, const View& a) {
+        self.add(Reduction{reduction_operation(name), out, a});
+      })
+      .def("layer_norm",
+           [](Step& self, const View& out, const View& x, uintptr_t weight, uintptr_t bias, int type, float eps) {
+             self.add(LayerNorm{out, x, reinterpret_cast<const void*>(weight), reinterpret_cast<const void*>(bias), Type(type), eps});
+           })
+      .def("softmax", [](Step& self, const View& out, const View& x) { self.add(Softmax{out, x}); })
+      .def("attend",
+           [](Step& self, const View& q, const View& k, const View& v, const View& out, int layer, float scale, int64_t window,
+              float cap, uintptr_t sinks) {
+             self.add(Attention{q, k, v, out, layer, scale, window, cap, reinterpret_cast<const float*>(sinks)});
+           })
+      .def("multiply",
+           [](Step& self, const Packed& w, uintptr_t x, int x_type, int64_t x_stride, int64_t count, uintptr_t y, int y_type,
+              bool fast) { self.add([=](const Slots&) { multiply(w, x, x_type, x_stride, count, y, y_type, fast); }); })
+      .def("multiply_experts",
+           [](Step& self, const Packed& w, uintptr_t x, int x_type, int64_t x_stride, int64_t repeats, uintptr_t experts,
+              int64_t count, uintptr_t y, int y_type, bool fast) {
+             self.add([=](const Slots&) { multiply_experts(w, x, x_type, x_stride, repeats, experts, count, y, y_type, fast); });
+           })
+      .def("multiply_bfloat16",
+           [](Step& self, uintptr_t w, int64_t n, int64_t k, uintptr_t x, int x_type, int64_t x_stride, int64_t count, uintptr_t y,
+              int y_type) { self.add([=](const Slots&) { multiply_bfloat16(w, n, k, x, x_type, x_stride, count, y, y_type); }); });
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
   m.doc() = "Products with weights in MLX's packed layout, on this CPU.";
   nb::class_<Packed>(m, "Packed").def(nb::init<uintptr_t, uintptr_t, uintptr_t, int, int, int, int, int64_t, int64_t, int64_t>());
-  m.def("multiply", &multiply);
-  m.def("multiply_experts", &multiply_experts);
-  m.def("multiply_bfloat16", &multiply_bfloat16);
+  bind_step(m);
+  m.def("multiply", &multiply, nb::call_guard<nb::gil_scoped_release>());
+  m.def("multiply_experts", &multiply_experts, nb::call_guard<nb::gil_scoped_release>());
+  m.def("multiply_bfloat16", &multiply_bfloat16, nb::call_guard<nb::gil_scoped_release>());
   m.def("dequantize", &dequantize);
   m.def("encode", &encode_weights);
   m.def("decode", &decode_weights);
