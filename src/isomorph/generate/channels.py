@@ -47,7 +47,8 @@ class ChannelText:
         self._stops = [stop for stop in stops if stop not in vocabulary]
         self._show_analysis = show_analysis
         self._header: AnswerText | None = None
-        self._channel, self._recipient = FINAL, None
+        self._channel = FINAL
+        self._recipient: str | None = None
         self._body = self._new_body()
         self._closed: list[ChannelMessage] = []
 
@@ -123,5 +124,5 @@ class ChannelText:
 
 def has_channels(tokenizer: Any) -> bool:
     """Whether the tokenizer has the marks of channels."""
-    vocabulary = getattr(tokenizer, "get_added_vocab", dict)()
+    vocabulary: dict[str, int] = getattr(tokenizer, "get_added_vocab", dict)()
     return all(name in vocabulary for name in (START, CHANNEL, MESSAGE, END))
