@@ -384,6 +384,8 @@ def bench_command(
 
 # --- generate --------------------------------------------------------------------------------------------------------
 
+Analysis = Annotated[bool, typer.Option("--analysis", help="Of gpt-oss: show what it thinks, too.")]
+Reasoning = Annotated[str | None, typer.Option(help="Of gpt-oss: low, medium or high; any value of its template.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", help="The most new tokens.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the most likely token.")]
 TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens that together have this probability.")]
@@ -421,6 +423,8 @@ def generate(
     seed: Seed = None,
     stop: Stop = None,
     max_kv_size: MaxKvSize = None,
+    analysis: Analysis = False,
+    reasoning: Reasoning = None,
     trust_remote_code: Trust = False,
     verbose: Verbose = False,
     as_json: Json = False,
@@ -441,6 +445,8 @@ def generate(
         max_tokens=max_tokens,
         stop=stop,
         max_kv_size=max_kv_size,
+        show_analysis=analysis,
+        chat_template=None if reasoning is None else {"reasoning_effort": reasoning},
     )
     model = load(source, framework, dtype, device, tokenizer, trust_remote_code=trust_remote_code)
     result = answer(model, as_prompt(model, given, system, chat), show=not as_json, **vars(options))
@@ -470,6 +476,8 @@ def chat(
     seed: Seed = None,
     stop: Stop = None,
     max_kv_size: MaxKvSize = None,
+    analysis: Analysis = False,
+    reasoning: Reasoning = None,
     trust_remote_code: Trust = False,
     verbose: Verbose = False,
 ) -> None:
@@ -488,6 +496,8 @@ def chat(
         max_tokens=max_tokens,
         stop=stop,
         max_kv_size=max_kv_size,
+        show_analysis=analysis,
+        chat_template=None if reasoning is None else {"reasoning_effort": reasoning},
     )
     model = load(source, framework, dtype, device, tokenizer, trust_remote_code=trust_remote_code)
     conversation = Conversation(model, system, **vars(options))

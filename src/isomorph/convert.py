@@ -173,9 +173,9 @@ def own_plan(
     if checkpoint.kind != "config":
         files |= reading.sidecars(target, dtype)
     kept = {key: value for key, value in (checkpoint.config or {}).items() if key not in LAYOUT_KEYS}
-    if not reading.packed:
-        kept = {key: value for key, value in kept.items() if key not in QUANTIZATION_KEYS}
-    config = kept | dict(parsed.to_dict()) | dict(target.keys) | _dtype_keys(tensors)
+    kept = {key: value for key, value in kept.items() if key not in QUANTIZATION_KEYS}
+    quantization = _quantization(checkpoint, reading, target)
+    config = kept | dict(parsed.to_dict()) | quantization | dict(target.keys) | _dtype_keys(tensors)
     model = {key: config[key] for key in MODEL_KEYS if key in config}
     if target.container == "nanochat":
         meta = NANOCHAT_FILE.replace("model_", "meta_").replace(".pt", ".json")
@@ -193,6 +193,14 @@ def own_plan(
     )
 
 
+def _quantization(checkpoint: Checkpoint, reading: port.Reading, target: port.Layout) -> dict[str, Any]:
+    """config.json's entries about packed weights, under the module names of `target`."""
+    if target.packed != "mlx" or not reading.packed:
+        return {}
+    entry = checkpoint.quantization if target.name == reading.layout.name else reading.quantization(target)
+    return dict.fromkeys(QUANTIZATION_KEYS, entry)
+
+
 def _target_layout(
     architecture: Architecture, checkpoint: Checkpoint, to: str | None, name: str | None, dequantize: bool
 ) -> port.Layout:
@@ -203,9 +211,14 @@ def _target_layout(
             raise InputError(f"expected a layout for {to}: {' or '.join(fitting)}; found {name!r}; change one of them")
         return layout
     own = architecture.layouts[architecture.detect(checkpoint)]
-    if checkpoint.quantization is not None and not dequantize and own.container in CONTAINERS[to or "mlx"]:
+    default = architecture.layouts[architecture.defaults[to or "mlx"]]
+    if checkpoint.quantization is None or dequantize:
+        return default
+    if own.container in CONTAINERS[to or "mlx"]:
         return own
-    return architecture.layouts[architecture.defaults[to or "mlx"]]
+    # Packed weights go where they can stay packed.
+    fitting = (entry for entry in architecture.layouts.values() if entry.container == default.container)
+    return next((entry for entry in fitting if entry.packed is not None), default)
 
 
 def stock_plan(checkpoint: Checkpoint, to: str, layout: str | None, dtype: str | None, dequantize: bool) -> Plan:

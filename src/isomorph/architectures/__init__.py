@@ -17,7 +17,7 @@ __all__ = ["FOLDERS", "Architecture", "configuration", "find", "get", "registere
 
 logger = logging.getLogger(__name__)
 
-FOLDERS = ("talkie", "gelu_gpt")
+FOLDERS = ("talkie", "gelu_gpt", "gpt_oss")
 
 #: Share of a bare checkpoint's tensor names that a layout must know for the checkpoint to count as its architecture's.
 RECOGNIZED_SHARE = 0.5

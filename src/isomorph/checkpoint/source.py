@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from isomorph.checkpoint.hub import fetch, is_hub_id
+from isomorph.checkpoint.mxfp4 import packed_view
 from isomorph.checkpoint.orbax_folder import ITEM, find_item, read_orbax
 from isomorph.checkpoint.safetensors_file import REPAIR, read_safetensors
 from isomorph.checkpoint.tensor import Tensor
@@ -208,6 +209,7 @@ def _safetensors_checkpoint(
         if index is not None:
             _check_index(file, content.tensors, index)
         tensors |= content.tensors
+    tensors, config = packed_view(tensors, config)
     return Checkpoint(path, config, tensors, metadata, "safetensors", tuple(files), overrides)
 
 

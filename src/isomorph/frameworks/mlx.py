@@ -260,12 +260,12 @@ def quantize_modules(module: nn.Module, weights: Mapping[str, mx.array], quantiz
         if scales is None or not hasattr(layer, "to_quantized"):
             return False
         packed = weights[f"{path}.weight"]
-        rows, columns = layer.weight.shape
+        *rows, columns = layer.weight.shape
         bits, left_bits = divmod(packed.shape[-1] * 32, columns)
         group_size, left_columns = divmod(columns, scales.shape[-1])
-        if left_bits or left_columns or packed.shape[:-1] != (rows,) or scales.shape[:-1] != (rows,):
+        if left_bits or left_columns or list(packed.shape[:-1]) != rows or list(scales.shape[:-1]) != rows:
             raise InputError(
-                f"expected packed weights and scales of a [{rows}, {columns}] matrix at {path!r}; "
+                f"expected packed weights and scales of a {[*rows, columns]} matrix at {path!r}; "
                 f"found shapes {list(packed.shape)} and {list(scales.shape)}; correct config.json or the weights"
             )
         own = quantization.get(path)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from torch import nn
 
@@ -104,7 +105,8 @@ def own_model(
     target = getattr(torch, dtype or main_dtype(list(tensors.values())))
     values = {key: value for key, value in config.to_dict().items() if key != "model_type"}
     model_class = getattr(file, config_name.removesuffix("Config") + "ForCausalLM")
-    with torch.device("meta"):
+    # Buffers, such as rotary frequencies, are computed and small.
+    with init_empty_weights(include_buffers=False):
         module = model_class(getattr(file, config_name)(**values, dtype=target))
     for path, entry in packed.items():
         place(module, path, entry, target, fast)

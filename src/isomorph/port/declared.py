@@ -7,29 +7,48 @@ from dataclasses import replace
 from typing import Any
 
 from isomorph.architectures.base import Architecture
+from isomorph.checkpoint import mxfp4
+from isomorph.checkpoint.mlx_quantized import parse_quantization
 from isomorph.checkpoint.source import Checkpoint
 from isomorph.checkpoint.tensor import FLOATING, Tensor
 from isomorph.errors import InputError
 from isomorph.port.mapping import shapes_in
-
-#: MLX's modes whose groups carry a bias besides their scale, and the dtype of scales in the others.
-AFFINE = "affine"
-SCALE_DTYPE = "uint8"
+from isomorph.port.table import Layout
+from isomorph.quantize.settings import Settings
 
 
 def declared(checkpoint: Checkpoint, architecture: Architecture, config: Any) -> Checkpoint:
     """`checkpoint`, which holds no weights, with the tensors its config promises; reading one raises InputError."""
     layout = architecture.layouts[architecture.detect(checkpoint)]
-    shapes = shapes_in(layout, architecture.parameters(config))
     dtype = declared_dtype(checkpoint.config or {}) or "float32"
-    tensors = {name: promised(name, shape, dtype, checkpoint) for name, shape in shapes.items()}
-    if checkpoint.quantization is not None:
-        tensors = {
-            part.name: part
-            for tensor in tensors.values()
-            for part in _quantized(tensor, checkpoint.quantization, checkpoint)
-        }
-    return replace(checkpoint, tensors=tensors)
+    values = dict(checkpoint.config or {})
+    if layout.never_floats:
+        values["quantization"] = mxfp4.MXFP4.to_dict()
+    quantization = parse_quantization(values["quantization"]) if "quantization" in values else None
+    tensors: dict[str, Tensor] = {}
+    for name, shape in shapes_in(layout, architecture.parameters(config)).items():
+        settings = _settings(name, shape, layout, quantization)
+        parts = {"": (shape, dtype)} if settings is None else settings.parts(shape, dtype)
+        for part, (size, kind) in parts.items():
+            own = f"{name.removesuffix('weight')}{part}" if part else name
+            tensors[own] = promised(own, size, kind, checkpoint)
+    return replace(checkpoint, tensors=tensors, config=values)
+
+
+def _settings(
+    name: str,
+    shape: tuple[int, ...],
+    layout: Layout,
+    quantization: tuple[Settings, dict[str, Settings | None]] | None,
+) -> Settings | None:
+    """How the tensor called `name` is packed; None when it is not."""
+    if layout.never_floats:
+        return None if layout.stores_floats(name) else mxfp4.MXFP4
+    if quantization is None or not name.endswith(".weight") or len(shape) < 2:
+        return None
+    default, own = quantization
+    settings = own.get(name.removesuffix(".weight"), default)
+    return settings if settings is not None and settings.fits(shape[-1]) else None
 
 
 def declared_dtype(config: Mapping[str, Any]) -> str | None:
@@ -46,23 +65,3 @@ def promised(name: str, shape: tuple[int, ...], dtype: str, checkpoint: Checkpoi
         raise InputError(f"expected weights in {checkpoint.path}; found only a config; download or convert the weights")
 
     return Tensor(name, shape, dtype, read)
-
-
-def _quantized(tensor: Tensor, quantization: Mapping[str, Any], checkpoint: Checkpoint) -> list[Tensor]:
-    """`tensor` itself, or what MLX stores for it: packed codes, scales and, in affine mode, biases."""
-    module = tensor.name.removesuffix(".weight")
-    own = quantization.get(module, quantization)
-    if module == tensor.name or len(tensor.shape) != 2 or not isinstance(own, Mapping):
-        return [tensor]
-    rows, columns = tensor.shape
-    group_size = own.get("group_size", quantization.get("group_size", 64))
-    bits = own.get("bits", quantization.get("bits", 4))
-    mode = own.get("mode", quantization.get("mode", AFFINE))
-    if columns % group_size:
-        return [tensor]
-    groups = (rows, columns // group_size)
-    parts = [promised(tensor.name, (rows, columns * bits // 32), "uint32", checkpoint)]
-    parts.append(promised(f"{module}.scales", groups, tensor.dtype if mode == AFFINE else SCALE_DTYPE, checkpoint))
-    if mode == AFFINE:
-        parts.append(promised(f"{module}.biases", groups, tensor.dtype, checkpoint))
-    return parts

@@ -2,39 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from isomorph.architectures.base import Architecture
-from isomorph.checkpoint.mlx_quantized import dequantized, is_quantized, quantized_modules
+from isomorph.checkpoint import mxfp4
+from isomorph.checkpoint.mlx_quantized import QuantizedModule, dequantized, is_quantized, quantized_modules
 from isomorph.checkpoint.source import Checkpoint
 from isomorph.checkpoint.tensor import FLOATING, Tensor
 from isomorph.errors import InputError, did_you_mean
 from isomorph.port.table import Layout, Row, dropped, expand
 from isomorph.port.transforms import TRANSFORMS
+from isomorph.quantize.settings import Settings
+
+#: What a packed module stores; `biases` in affine mode only.
+PARTS = ("weight", "scales", "biases")
 
 #: Mistakes spelt out in one error; the rest are counted.
 MISTAKES_SHOWN = 8
-
-#: What MLX stores beside a packed `X.weight`.
-COMPANIONS = ("scales", "biases")
 
 
 @dataclass(frozen=True)
 class Reading:
     """A checkpoint fitted to its layout: each row has its tensor, and what was dropped has its reason.
 
-    `packed` holds, by the name of a weight stored as MLX codes, the scales and biases beside it; `folder` is where
+    `packed` holds, by name, the weights stored as MLX codes with the scales and biases beside them; `folder` is where
     files beside the weights are, None to go by the weights alone.
     """
 
     layout: Layout
     rows: dict[str, Row]
     tensors: dict[str, Tensor]
-    packed: dict[str, list[Tensor]]
+    packed: dict[str, QuantizedModule]
     dropped: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
     folder: Path | None
@@ -48,43 +51,96 @@ class Reading:
         return _cast(next(part for part in parts if part.name == name), dtype)
 
     def into(self, layout: Layout, dtype: str | None = None) -> Iterator[Tensor]:
-        """The tensors of `layout`, in its table's order; packed triples where both layouts store a module alike."""
+        """The tensors of `layout`, in its table's order; packed modules stay packed where only their rows move."""
+        tensors = self._into(layout, dtype)
+        yield from mxfp4.published(tensors) if layout.packed == "mxfp4" else tensors
+
+    def _into(self, layout: Layout, dtype: str | None) -> Iterator[Tensor]:
         for row in expand(layout, self.shapes).values():
-            twin = self._twin(row, dtype)
-            if twin is None:
+            if self._is_packed(row):
+                yield from self._repacked(layout, row)
+            elif not layout.stores_floats(row.name):
+                raise InputError(
+                    f"expected {layout.packed} weights for {row.name!r} of layout {layout.name}; found floats; "
+                    "choose another layout"
+                )
+            elif (twin := self._twin(row, dtype)) is not None:
+                # Stored alike on both sides: no transform, so the same bits.
+                yield self.tensors[twin.name].renamed(row.name)
+            else:
                 parts = [self.canonical(name, dtype) for name in row.canonical]
                 yield TRANSFORMS[row.transform].from_canonical(row.name, parts)
+
+    def quantization(self, layout: Layout) -> dict[str, Any] | None:
+        """config.json's `quantization` for the packed modules under the names of `layout`; None when there are none.
+
+        The most frequent settings stand for all, and what differs is named.
+        """
+        rows = (row for row in expand(layout, self.shapes).values() if self._is_packed(row))
+        settings = {row.name.removesuffix(".weight"): self._settings(layout, row) for row in rows}
+        if not settings:
+            return None
+        general = Counter(settings.values()).most_common(1)[0][0]
+        return general.to_dict() | {path: own.to_dict() for path, own in settings.items() if own != general}
+
+    def _is_packed(self, row: Row) -> bool:
+        return any(self._holder[name].name in self.packed for name in row.canonical)
+
+    def _settings(self, layout: Layout, row: Row) -> Settings:
+        """How the packed `row` is stored. Raises InputError where `layout` cannot store it so."""
+        holders = [self._holder[name] for name in row.canonical]
+        settings = {self.packed[holder.name].settings if holder.name in self.packed else None for holder in holders}
+        movable = all(TRANSFORMS[each.transform].moves_rows for each in (row, *holders))
+        own = settings.pop()
+        if settings or own is None or not (movable or self._alike(row)) or layout.packed not in ("mlx", own.mode):
+            raise InputError(
+                f"expected weights that layout {layout.name} can hold as {row.name!r}; "
+                f"found {holders[0].name!r} quantized; add --dequantize"
+            )
+        return own
+
+    def _repacked(self, layout: Layout, row: Row) -> Iterator[Tensor]:
+        """Words, scales and biases of the packed `row`: whole rows of the stored ones, in another order at most."""
+        path = row.name.removesuffix("weight")
+        for part in PARTS if self._settings(layout, row).affine else PARTS[:-1]:
+            if alike := self._alike(row):
+                yield getattr(self.packed[alike.name], part).renamed(path + part)
                 continue
-            # Stored alike on both sides: no transform, so the same bits.
-            yield self.tensors[twin.name].renamed(row.name)
-            module = row.name.removesuffix("weight")
-            yield from (part.renamed(module + part.name.rpartition(".")[2]) for part in self.packed.get(twin.name, []))
+            pieces = []
+            for name in row.canonical:
+                holder = self._holder[name]
+                stored = getattr(self.packed[holder.name], part)
+                found = TRANSFORMS[holder.transform].to_canonical(stored, holder.canonical, self.folder)
+                pieces.append(next(piece for piece in found if piece.name == name))
+            yield TRANSFORMS[row.transform].from_canonical(path + part, pieces)
 
     def sidecars(self, layout: Layout, dtype: str | None = None) -> dict[str, Path | Callable[[Path], None]]:
         """Files beside the weights of `layout` that its inverse transforms need: a file to copy, or a writer."""
         files: dict[str, Path | Callable[[Path], None]] = {}
         for row in expand(layout, self.shapes).values():
             name = TRANSFORMS[row.transform].sidecar_name(row.name)
-            if name is None:
+            if name is None or self._is_packed(row):
                 continue
             twin = self._twin(row, dtype)
             if twin is None:
                 writer = TRANSFORMS[row.transform].sidecar([self.canonical(part, dtype) for part in row.canonical])
                 if writer is not None:
                     files[name] = writer
-            elif twin.name not in self.packed and self.folder is not None:
+            elif self.folder is not None:
                 own = self.folder / str(TRANSFORMS[row.transform].sidecar_name(twin.name))
                 if own.is_file():
                     files[name] = own
         return files
 
+    def _alike(self, row: Row) -> Row | None:
+        """The row of this layout that stores what `row` does in the same way."""
+        twin = self._holder[row.canonical[0]]
+        return twin if (twin.canonical, twin.transform) == (row.canonical, row.transform) else None
+
     def _twin(self, row: Row, dtype: str | None) -> Row | None:
         """The row of this layout that stores what `row` does in the same way and, when cast, as the same dtype."""
-        twin = self._holder[row.canonical[0]]
-        if (twin.canonical, twin.transform) != (row.canonical, row.transform):
-            return None
-        tensor = self.tensors[twin.name]
-        return twin if twin.name in self.packed or _cast(tensor, dtype) is tensor else None
+        twin = self._alike(row)
+        return twin if twin is not None and _cast(self.tensors[twin.name], dtype) is self.tensors[twin.name] else None
 
     @cached_property
     def _holder(self) -> dict[str, Row]:
@@ -144,7 +200,7 @@ def read(
     shapes = architecture.parameters(config)
     rows = expand(layout, shapes)
     tensors = dict(checkpoint.tensors)
-    packed: dict[str, list[Tensor]] = {}
+    packed: dict[str, QuantizedModule] = {}
     if checkpoint.quantization is not None or is_quantized(tensors):
         widths = {name.removesuffix(".weight"): shape[-1] for name, shape in shapes_in(layout, shapes).items()}
         if dequantize:
@@ -173,7 +229,7 @@ def _mistakes(
     layout: Layout,
     shapes: Mapping[str, tuple[int, ...]],
     tensors: Mapping[str, Tensor],
-    packed: Mapping[str, list[Tensor]],
+    packed: Mapping[str, QuantizedModule],
 ) -> tuple[list[str], dict[str, str]]:
     """What does not fit, one mistake a line, and the reasons of what is dropped."""
     expected = shapes_in(layout, shapes)
@@ -205,12 +261,9 @@ def _cast(tensor: Tensor, dtype: str | None) -> Tensor:
 
 
 def _unpacked(
-    tensors: Mapping[str, Tensor], modules: Iterable[str]
-) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
-    """Tensors without the companions of packed weights, and those companions by the weight's name."""
-    packed = {
-        f"{path}.weight": [tensors[key] for part in COMPANIONS if (key := f"{path}.{part}") in tensors]
-        for path in modules
-    }
-    taken = {part.name for parts in packed.values() for part in parts}
-    return {name: tensor for name, tensor in tensors.items() if name not in taken}, packed
+    tensors: Mapping[str, Tensor], modules: Mapping[str, QuantizedModule]
+) -> tuple[dict[str, Tensor], dict[str, QuantizedModule]]:
+    """Tensors without the companions of packed weights, and the modules by their weight's name."""
+    companions = {part.name for module in modules.values() for part in (module.scales, module.biases) if part}
+    packed = {module.weight.name: module for module in modules.values()}
+    return {name: tensor for name, tensor in tensors.items() if name not in companions}, packed

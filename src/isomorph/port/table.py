@@ -28,10 +28,13 @@ class Layout:
     """One form of an architecture's checkpoints.
 
     `rows` is the literal table; `container` how the weights are stored (`pt`, `mlx` or `flax` safetensors, by the
+    `rows` is the literal table; `container` how the weights are stored (`pt`, `mlx` or `flax` safetensors, by the
     header's format; `torch` or `nanochat`, an original file; `orbax`, a folder); `config` the config values the layout
     implies; `keys` what convert puts into config.json for stock libraries; `files` what it copies from the
     architecture's folder beside the weights; `generation` what generation_config.json says besides token ids, where the
-    source has none; `loads` where a folder of this layout loads: library -> how, or why not.
+    source has none; `loads` where a folder of this layout loads: library -> how, or why not; `packed` how a module's
+    packed weights are stored: `mlx` words, `mxfp4` blocks as published, or None: not at all; `never_floats` are
+    patterns of weights that it stores in no other way.
     """
 
     name: str
@@ -43,6 +46,12 @@ class Layout:
     files: tuple[str, ...] = ()
     generation: Mapping[str, Any] = field(default_factory=dict)
     loads: Mapping[str, str] = field(default_factory=dict)
+    packed: str | None = None
+    never_floats: tuple[str, ...] = ()
+
+    def stores_floats(self, name: str) -> bool:
+        """Whether the tensor called `name` may be stored unpacked."""
+        return not any(fnmatchcase(name, pattern) for pattern in self.never_floats)
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,7 @@ LAYOUTS = {
             name="mlx",
             rows={**PUBLISHED, **DROPPED},
             container="mlx",
+            packed="mlx",
             description="the published names for mlx-lm, with a model file of its own",
             keys={**CLASSES, "model_file": "modeling_mlx.py"},
             files=("modeling_mlx.py",),
