@@ -25,6 +25,9 @@ from flax import nnx
 if TYPE_CHECKING:
     from .config import GptOssConfig
 
+#: Tokens of a row whose queries are computed at once, and rows of a block that goes to one expert.
+QUERY_BLOCK, EXPERT_BLOCK = 128, 128
+
 # Which mesh axes split each axis of a matrix. An annotation only: whoever has a mesh places the weights by it.
 COLUMN: dict[str, Any] = {"out_sharding": (None, "model"), "eager_sharding": False}
 ROW: dict[str, Any] = {"out_sharding": ("model", None), "eager_sharding": False}
@@ -84,6 +87,70 @@ def ring_write(ring: jax.Array, slots: jax.Array, values: jax.Array) -> jax.Arra
     return ring.at[jnp.arange(len(ring))[:, None], slots].set(values, mode="drop")
 
 
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    sinks: jax.Array,
+    positions: jax.Array,
+    key_positions: jax.Array,
+    window: int | None,
+) -> jax.Array:
+    """Softmax, in float32, over each head's sink, whose share goes nowhere, and the last `window` keys up to the query.
+
+    q [B, G, R, T, K] at `positions` [B, T], k and v [B, G, 1, S, K] at `key_positions` [B, S], negative where there is
+    none, sinks [G, R] -> [B, G, R, T, K].
+    """
+    back = positions[:, :, None] - key_positions[:, None, :]  # [B, T, S]
+    seen = (back >= 0) & (key_positions >= 0)[:, None, :]
+    if window is not None:
+        seen &= back < window
+    scores = jnp.einsum("...tk,...sk->...ts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    scores += jnp.where(seen, 0.0, -jnp.inf)[:, None, None]  # [B, G, R, T, S]
+    sinks = sinks.astype(jnp.float32)[..., None, None]
+    largest = jax.lax.stop_gradient(jnp.maximum(scores.max(axis=-1, keepdims=True), sinks))
+    odds = jnp.exp(scores - largest)
+    total = odds.sum(axis=-1, keepdims=True) + jnp.exp(sinks - largest)
+    return ((odds.astype(v.dtype) @ v) / total).astype(v.dtype)
+
+
+def attend_in_blocks(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    sinks: jax.Array,
+    positions: jax.Array,
+    key_positions: jax.Array,
+    window: int | None,
+) -> jax.Array:
+    """`attend` where queries and keys are the same tokens: of each block of queries only the keys that it may see."""
+    blocks = []
+    for start in range(0, q.shape[-2], QUERY_BLOCK):
+        queries = slice(start, start + QUERY_BLOCK)
+        keys = slice(max(start - window + 1, 0) if window is not None else 0, start + QUERY_BLOCK)
+        known = k[..., keys, :], v[..., keys, :], sinks, positions[:, queries], key_positions[:, keys]
+        blocks.append(attend(q[..., queries, :], *known, window))
+    return jnp.concatenate(blocks, axis=-2)
+
+
+def grouped_product(x: jax.Array, kernel: jax.Array, experts: jax.Array) -> jax.Array:
+    """x [M, in], whose rows are in the order of their `experts` [M], through kernel [E, in, out] -> [M, out].
+
+    Each expert's rows are padded to whole blocks, a matrix product each: at most E blocks more than the rows need,
+    where `jax.lax.ragged_dot` multiplies, on a CPU, every row with every expert.
+    """
+    count = jnp.bincount(experts, length=len(kernel))
+    blocks = -(-count // EXPERT_BLOCK)
+    ends = jnp.cumsum(blocks)
+    before = (ends - blocks) * EXPERT_BLOCK - (jnp.cumsum(count) - count)  # what padding moves an expert's rows by
+    place = jnp.arange(len(x)) + before[experts]
+    total = len(x) // EXPERT_BLOCK + len(kernel)
+    owner = jnp.searchsorted(ends, jnp.arange(total), side="right").clip(max=len(kernel) - 1)
+    padded = jnp.zeros((total * EXPERT_BLOCK, x.shape[1]), x.dtype).at[place].set(x, unique_indices=True)
+    out = padded.reshape(total, EXPERT_BLOCK, -1) @ kernel[owner]
+    return out.reshape(total * EXPERT_BLOCK, -1)[place]
+
+
 class RMSNorm(nnx.Module):
     """x / rms(x) times a weight, in float32, in x's dtype."""
 
@@ -114,8 +181,9 @@ def linear(
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: GptOssConfig, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: GptOssConfig, layer: int, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> None:
         self.head_dim, self.groups = config.head_dim, config.num_key_value_heads
+        self.window = config.sliding_window if config.layer_types[layer] == "sliding_attention" else None
         width, kv_width = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.q_proj = linear(config.hidden_size, width, COLUMN, dtype, param_dtype, rngs)
         self.k_proj = linear(config.hidden_size, kv_width, COLUMN, dtype, param_dtype, rngs)
@@ -128,10 +196,11 @@ class Attention(nnx.Module):
         x: jax.Array,
         cos: jax.Array,
         sin: jax.Array,
-        mask: jax.Array,
+        positions: jax.Array,
+        key_positions: jax.Array,
         cache: tuple[jax.Array, jax.Array, jax.Array] | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """`mask` [B, T, S]; `cache` is keys and values [B, S, G, K] and the slots [B, T] that these tokens take."""
+        """`cache` is keys and values [B, S, G, K] and the slots [B, T] that these tokens take."""
         heads = (*x.shape[:2], -1, self.head_dim)
         q = apply_rope(self.q_proj(x).reshape(heads), cos, sin)  # [B, T, H, K]
         k = apply_rope(self.k_proj(x).reshape(heads), cos, sin)  # [B, T, G, K]
@@ -141,19 +210,12 @@ class Attention(nnx.Module):
             k = ring_write(keys, slots, k)  # [B, S, G, K]
             v = ring_write(values, slots, v)  # [B, S, G, K]
         stored = None if cache is None else (k, v)
-        return self.o_proj(self.attend(q, k, v, mask)), stored  # [B, T, D]
-
-    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-        """Softmax in float32 over the keys and each head's sink, whose share goes nowhere: [B, T, H * K]."""
-        grouped = q.reshape(*q.shape[:2], self.groups, -1, self.head_dim)  # [B, T, G, R, K]
-        scores = jnp.einsum("btgrk,bsgk->bgrts", grouped, k, preferred_element_type=jnp.float32)
-        scores = jnp.where(mask[:, None, None], scores * self.head_dim**-0.5, -jnp.inf)  # [B, G, R, T, S]
-        sinks = self.sinks[...].astype(jnp.float32).reshape(1, self.groups, -1, 1, 1)
-        largest = jnp.maximum(scores.max(axis=-1, keepdims=True), sinks)
-        weights = jnp.exp(scores - largest)
-        weights = weights / (weights.sum(axis=-1, keepdims=True) + jnp.exp(sinks - largest))
-        out = jnp.einsum("bgrts,bsgk->btgrk", weights.astype(v.dtype), v)
-        return out.reshape(*q.shape[:2], -1)
+        q, k, v = (states.reshape(*states.shape[:2], self.groups, -1, self.head_dim) for states in (q, k, v))
+        q, k, v = (jnp.transpose(states, (0, 2, 3, 1, 4)) for states in (q, k, v))  # [B, G, R or 1, T or S, K]
+        run = attend_in_blocks if cache is None else attend
+        attended = run(q, k, v, self.sinks[...].reshape(self.groups, -1), positions, key_positions, self.window)
+        attended = jnp.transpose(attended, (0, 3, 1, 2, 4)).reshape(*x.shape[:2], -1)
+        return self.o_proj(attended), stored  # [B, T, D]
 
 
 class ExpertLinear(nnx.Module):
@@ -170,8 +232,7 @@ class ExpertLinear(nnx.Module):
         kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
         if len(x) <= len(kernel):  # fewer rows than experts: read those that are asked for, and no other
             return jnp.einsum("mi,mio->mo", x, kernel[experts]) + bias[experts]
-        sizes = jnp.bincount(experts, length=len(kernel))
-        return jax.lax.ragged_dot(x, kernel, sizes) + bias[experts]
+        return grouped_product(x, kernel, experts) + bias[experts]
 
 
 class Experts(nnx.Module):
@@ -208,9 +269,9 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    def __init__(self, config: GptOssConfig, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: GptOssConfig, layer: int, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> None:
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype)
-        self.self_attn = Attention(config, dtype, param_dtype, rngs)
+        self.self_attn = Attention(config, layer, dtype, param_dtype, rngs)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype)
         self.mlp = MLP(config, dtype, param_dtype, rngs)
 
@@ -219,10 +280,11 @@ class Block(nnx.Module):
         x: jax.Array,
         cos: jax.Array,
         sin: jax.Array,
-        mask: jax.Array,
+        positions: jax.Array,
+        key_positions: jax.Array,
         cache: tuple[jax.Array, jax.Array, jax.Array] | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        attended, stored = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        attended, stored = self.self_attn(self.input_layernorm(x), cos, sin, positions, key_positions, cache)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), stored  # [B, T, D]
 
@@ -239,19 +301,18 @@ class GptOssModel(nnx.Module):
             param_dtype=param_dtype,
             rngs=rngs,
         )
-        self.layers = nnx.List([Block(config, dtype, param_dtype, rngs) for _ in range(config.num_hidden_layers)])
+        layers = range(config.num_hidden_layers)
+        self.layers = nnx.List([Block(config, layer, dtype, param_dtype, rngs) for layer in layers])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype)
 
     def __call__(
         self, ids: jax.Array, mask: jax.Array | None, cache: Cache | None, lengths: jax.Array | None
     ) -> tuple[jax.Array, list[jax.Array], Cache | None]:
         """See `GptOssForCausalLM.trunk`."""
-        config = self.config
         lengths = jnp.zeros(1, jnp.int32) if lengths is None else lengths
         mask = jnp.ones((1, ids.shape[1]), bool) if mask is None else mask
         positions = lengths[:, None] + jnp.cumsum(mask, axis=1) - 1  # [B, T]
         cos, sin = self.rope(positions)
-        windows = [config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types]
         x = self.embed_tokens(ids)  # [B, T, D]
         states, keys, values = [x], [], []
         for layer, block in enumerate(self.layers):
@@ -260,11 +321,7 @@ class GptOssModel(nnx.Module):
                 size = cache.keys[layer].shape[1]
                 held = cache.keys[layer], cache.values[layer], ring_slots(positions, mask, size)
                 key_positions = ring_positions(lengths + mask.sum(axis=1), size)  # [B, S]
-            back = positions[:, :, None] - key_positions[:, None, :]  # [B, T, S]
-            seen = (back >= 0) & (key_positions >= 0)[:, None, :]
-            if windows[layer] is not None:
-                seen &= back < windows[layer]
-            x, stored = block(x, cos, sin, seen, held)
+            x, stored = block(x, cos, sin, positions, key_positions, held)
             states.append(x)
             if stored is not None:
                 keys.append(stored[0])
