@@ -217,8 +217,8 @@ def _target_layout(
     if own.container in CONTAINERS[to or "mlx"]:
         return own
     # Packed weights go where they can stay packed.
-    fitting = (entry for entry in architecture.layouts.values() if entry.container == default.container)
-    return next((entry for entry in fitting if entry.packed is not None), default)
+    stored_alike = (entry for entry in architecture.layouts.values() if entry.container == default.container)
+    return next((entry for entry in stored_alike if entry.packed is not None), default)
 
 
 def stock_plan(checkpoint: Checkpoint, to: str, layout: str | None, dtype: str | None, dequantize: bool) -> Plan:
