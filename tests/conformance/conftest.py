@@ -43,6 +43,20 @@ def model_file(architecture: str, framework: str) -> Any:
     return importlib.import_module(f"isomorph.architectures.{architecture}.modeling_{framework}")
 
 
+def write_gemma(folder: Path) -> Path:
+    from frameworks.random_models import random_folder
+
+    return random_folder("gemma3_text", folder, max_position_embeddings=64)
+
+
+def shift_gemma(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
+
+    rope = Gemma3RotaryEmbedding.forward
+    shifted = lambda self, x, positions, *rest: rope(self, x, positions + (positions >= SHIFTED_FROM), *rest)
+    monkeypatch.setattr(Gemma3RotaryEmbedding, "forward", shifted)
+
+
 def shift_torch(architecture: str) -> Callable[[pytest.MonkeyPatch], None]:
     def shift(monkeypatch: pytest.MonkeyPatch) -> None:
         module = model_file(architecture, "torch")
@@ -89,6 +103,7 @@ CASES = (
     Case("gelu_gpt", "torch", write_gelu_gpt, shift_torch("gelu_gpt")),
     Case("gelu_gpt", "mlx", write_gelu_gpt, shift_mlx("gelu_gpt", "GeluGPTModel")),
     Case("gelu_gpt", "flax", write_gelu_gpt, shift_flax("gelu_gpt")),
+    Case("gemma3_text", "torch", write_gemma, shift_gemma),  # Transformers' own, with windows of 8
 )
 
 
@@ -103,3 +118,12 @@ def model(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Model:
     import isomorph
 
     return isomorph.load(case.write(tmp_path_factory.mktemp(str(case))), framework=case.framework, dtype="float32")
+
+
+@pytest.fixture(autouse=True)
+def short_rollback(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a window has left behind is gone within these short prompts too."""
+    if case.framework == "torch":
+        from isomorph.frameworks import torch_cache
+
+        monkeypatch.setattr(torch_cache, "ROLLBACK", 2)

@@ -20,6 +20,7 @@ from isomorph.checkpoint.mlx_quantized import is_quantized, quantized_modules
 from isomorph.checkpoint.tensor import FLOATING
 from isomorph.errors import InputError, did_you_mean
 from isomorph.frameworks.model import Model
+from isomorph.frameworks.torch_cache import windows_of
 from isomorph.frameworks.torch_quantized import place, quantized_model, tie
 from isomorph.frameworks.torch_state import TorchDecodeState
 from isomorph.frameworks.torch_step import Steps
@@ -211,6 +212,7 @@ class TorchModel(Model):
         self.device = module.device
         self.vocab_size = int(text.vocab_size)
         self.num_layers = int(text.num_hidden_layers)
+        self.windows = windows_of(text)
         self.cache_layers = self.num_layers + getattr(module, "extra_cache_layers", 0)
         self.max_positions = int(getattr(text, "max_position_embeddings", None) or np.iinfo(np.int32).max)
         self._accepted = frozenset(inspect.signature(module.forward).parameters)

@@ -13,7 +13,7 @@ from isomorph.kernels import native, ops
 from isomorph.quantize.settings import Settings
 
 if TYPE_CHECKING:
-    from isomorph.frameworks.torch_state import SlotCache
+    from isomorph.frameworks.torch_cache import SlotCache
     from isomorph.frameworks.torch_step import Node
 
 aten: Any = torch.ops.aten
@@ -46,7 +46,7 @@ class Program:
             if callable(part):
                 part()
             else:
-                part.run(cache.keys, cache.values, cache.capacity, cache.filled, starts.ctypes.data)
+                part.run(cache.keys, cache.values, cache.rooms, cache.dropped, cache.filled, starts.ctypes.data)
 
     def add(self, node: Node) -> None:
         """Append one operation."""

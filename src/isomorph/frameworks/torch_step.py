@@ -30,7 +30,7 @@ from isomorph.kernels.modules import through_operators
 
 if TYPE_CHECKING:
     from isomorph.frameworks.torch import TorchModel
-    from isomorph.frameworks.torch_state import SlotCache
+    from isomorph.frameworks.torch_cache import SlotCache
 
 logger = logging.getLogger(__name__)
 
@@ -172,14 +172,9 @@ def _attention(
     layer = recording.updated.get(key.data_ptr()) if recording is not None else None
     if recording is None or layer is None or mask is not None or options.get("position_bias") is not None:
         raise NotRecordable("attention over something else than the cache")
-    config = module.config
-    window, expected = options.get("sliding_window"), getattr(config, "sliding_window", None)
-    if kinds := getattr(config, "layer_types", None):
-        if not set(kinds) <= {"full_attention", "sliding_attention"}:
-            raise NotRecordable(f"layers of {sorted(set(kinds))}")
-        expected = expected if kinds[layer] == "sliding_attention" else None
-    if window != expected:  # a window that only a mask knows
-        raise NotRecordable(f"window {window} where the config says {expected}")
+    window, kept = options.get("sliding_window"), recording.cache.layers[layer].window
+    if window != kept:  # a window that only a mask knows
+        raise NotRecordable(f"window {window} where the cache keeps {kept}")
     scale = options.get("scaling")
     sinks = options.get("s_aux")
     chosen = {

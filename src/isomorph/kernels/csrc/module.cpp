@@ -143,11 +143,14 @@ View view(uintptr_t data, int type, const std::vector<int64_t>& sizes, const std
   return {reinterpret_cast<void*>(data), Type(type), sizes, strides};
 }
 
-void run_step(const Step& step, const std::vector<uint64_t>& keys, const std::vector<uint64_t>& values, int64_t capacity,
-              int64_t filled, uintptr_t starts) {
-  if (filled >= capacity) throw std::out_of_range("no slot is left");
+void run_step(const Step& step, const std::vector<uint64_t>& keys, const std::vector<uint64_t>& values,
+              const std::vector<int64_t>& rooms, const std::vector<int64_t>& dropped, int64_t filled, uintptr_t starts) {
+  if (values.size() != keys.size() || rooms.size() != keys.size() || dropped.size() != keys.size())
+    throw std::invalid_argument("caches of different numbers of layers");
+  for (size_t layer = 0; layer < rooms.size(); ++layer)
+    if (filled < dropped[layer] || filled - dropped[layer] >= rooms[layer]) throw std::out_of_range("no slot is left");
   nb::gil_scoped_release release;
-  step.run({keys.data(), values.data(), capacity, filled, reinterpret_cast<const int64_t*>(starts)});
+  step.run({keys.data(), values.data(), rooms.data(), dropped.data(), filled, reinterpret_cast<const int64_t*>(starts)});
 }
 
 void bind_step(nb::module_& m) {

@@ -49,13 +49,14 @@ struct Softmax {
   View out, x;
 };
 
-// What changes from step to step: caches [B, KV, capacity, K] of every layer and how far they are filled.
+// What changes from step to step: caches [B, KV, room, K] of every layer and how far they are filled.
 struct Slots {
   const uint64_t* keys;
   const uint64_t* values;
-  int64_t capacity;
-  int64_t filled;         // slots before this step
-  const int64_t* starts;  // [B] first slot that holds a token
+  const int64_t* rooms;
+  const int64_t* dropped;  // slots that no longer stand in the layer's cache
+  int64_t filled;          // slots before this step
+  const int64_t* starts;   // [B] first slot that holds a token
 };
 
 // One query per row: stores k and v in the layer's cache, then out = softmax(cap(q @ keys * scale)) @ values.

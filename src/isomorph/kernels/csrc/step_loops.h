@@ -259,13 +259,13 @@ void softmax(const Softmax& s) {
 }
 
 // Copies the new key or value [B, KV, 1, K] behind the filled slots.
-void keep(const View& fresh, uint64_t cache, const Slots& slots) {
+void keep(const View& fresh, uint64_t cache, int64_t room, int64_t place) {
   const int64_t batch = fresh.sizes[0], heads = fresh.sizes[1], width = fresh.sizes[3], size = size_of(fresh.type);
   auto* base = reinterpret_cast<char*>(cache);
   for (int64_t b = 0; b < batch; ++b)
     for (int64_t h = 0; h < heads; ++h) {
       const char* from = fresh.at(b * fresh.strides[0] + h * fresh.strides[1]);
-      char* to = base + ((b * heads + h) * slots.capacity + slots.filled) * width * size;
+      char* to = base + ((b * heads + h) * room + place) * width * size;
       for (int64_t i = 0; i < width; ++i) std::memcpy(to + i * size, from + i * fresh.strides[3] * size, size_t(size));
     }
 }
@@ -274,8 +274,9 @@ void attend(const Attention& a, const Slots& slots) {
   const int64_t batch = a.q.sizes[0], heads = a.q.sizes[1], width = a.q.sizes[3];
   const int64_t kv_heads = a.k.sizes[1], value_width = a.v.sizes[3], share = heads / kv_heads;
   const Type type = a.k.type;
-  keep(a.k, slots.keys[a.layer], slots);
-  keep(a.v, slots.values[a.layer], slots);
+  const int64_t room = slots.rooms[a.layer], dropped = slots.dropped[a.layer];
+  keep(a.k, slots.keys[a.layer], room, slots.filled - dropped);
+  keep(a.v, slots.values[a.layer], room, slots.filled - dropped);
   // Query heads of one key head go together, as many as leave every thread something to do.
   int64_t together = share;
   while (together > 1 && (together % 2 == 0) && batch * heads / together < 2 * thread_count()) together /= 2;
@@ -292,7 +293,7 @@ void attend(const Attention& a, const Slots& slots) {
         load(a.q.type, a.q.at(b * a.q.strides[0] + (head + g) * a.q.strides[1]), a.q.strides[3], q + g * width, int(width));
         for (int64_t i = 0; i < width; ++i) q[g * width + i] *= a.scale;
       }
-      const int64_t place = (b * kv_heads + kv) * slots.capacity + first;
+      const int64_t place = (b * kv_heads + kv) * room + first - dropped;
       const char* keys = reinterpret_cast<const char*>(slots.keys[a.layer]) + place * width * size_of(type);
       for (int64_t s = 0; s < count; ++s) {
         load(type, keys + s * width * size_of(type), 1, line, int(width));
@@ -306,7 +307,7 @@ void attend(const Attention& a, const Slots& slots) {
       }
       std::fill(out, out + together * value_width, 0.f);
       const char* values = reinterpret_cast<const char*>(slots.values[a.layer]) +
-                           ((b * kv_heads + kv) * slots.capacity + first) * value_width * size_of(type);
+                           place * value_width * size_of(type);
       for (int64_t s = 0; s < count; ++s) {
         load(type, values + s * value_width * size_of(type), 1, line, int(value_width));
         for (int64_t g = 0; g < together; ++g) {
