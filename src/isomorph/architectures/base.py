@@ -13,13 +13,28 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class SpecialTokens:
+    """Special tokens of a tokenizer that is learned for an architecture, by name, in the order of their ids.
+
+    `ends` end an answer, the first of them is EOS; `begins` says whether BOS begins what is tokenized. Texts to train
+    on are separated by `<|endoftext|>`, which pads as well.
+    """
+
+    names: tuple[str, ...] = ("<|endoftext|>",)
+    bos: str = "<|endoftext|>"
+    ends: tuple[str, ...] = ("<|endoftext|>",)
+    begins: bool = True
+
+
+@dataclass(frozen=True)
 class Architecture:
     """One architecture of our own: where its parts are and what its checkpoints look like.
 
     `layouts` are the forms a checkpoint has; `defaults` the one each target of `convert --to` writes; `native` the
     one each framework's model file is filled from; `parameters(config)` the canonical tensors and their shapes.
     `check_dropped(config, tensors)` raises InputError when a tensor that its layout drops says something else than the
-    config; `foreign(config)` says why a config.json of another model_type is not whole, None when it is.
+    config; `foreign(config)` says why a config.json of another model_type is not whole, None when it is;
+    `special_tokens` are what a tokenizer learned for it has.
     """
 
     model_type: str
@@ -34,6 +49,7 @@ class Architecture:
     folder: str
     check_dropped: Callable[[Any, Mapping[str, Tensor]], None] = lambda config, tensors: None
     foreign: Callable[[Mapping[str, Any]], str | None] = lambda config: None
+    special_tokens: SpecialTokens = SpecialTokens()
 
     def module(self, name: str) -> ModuleType:
         """Import one of the folder's files, e.g. `modeling_torch`."""

@@ -12,7 +12,8 @@ class Settings:
     """How to train. `learning_rate` is the peak; `warmup_steps` lead to it, a cosine leads away from it.
 
     `peak_flops` is what all devices can do a second, for MFU; None measures it. `accumulate` parts of a batch are
-    computed one after the other; with `remat` the backward pass computes the inside of blocks again.
+    computed one after the other; with `remat` the backward pass computes the inside of blocks again. Parameters whose
+    name matches the pattern `mxfp4` are seen by the model rounded to that format.
     """
 
     steps: int
@@ -28,6 +29,7 @@ class Settings:
     accumulate: int = 1
     dtype: str = "float32"
     remat: bool = False
+    mxfp4: str | None = None
     peak_flops: float | None = None
     seed: int = 0
     log_every: int = 10

@@ -26,6 +26,7 @@ from isomorph.train.flops import measured_peak_flops, model_flops_per_token
 from isomorph.train.loss import summed_loss
 from isomorph.train.metrics import MetricsLog
 from isomorph.train.optimizer import adamw, warmup_cosine
+from isomorph.train.rounding import straight_through
 from isomorph.train.settings import Settings
 
 #: What a run holds between steps: parameters, optimizer, step (int32) and smoothed_loss (float32).
@@ -35,11 +36,19 @@ Parameters = dict[str, jax.Array]
 SMOOTHING = 0.98
 
 
-def make_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation, accumulate: int) -> Callable[..., Any]:
-    """The jitted step: (state, ids [B, T + 1], counted [B, T]) -> (state, loss, gradient norm). Donates the state."""
+def make_step(
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    accumulate: int,
+    seen: Callable[[Parameters], Parameters] = dict,
+) -> Callable[..., Any]:
+    """The jitted step: (state, ids [B, T + 1], counted [B, T]) -> (state, loss, gradient norm). Donates the state.
+
+    `seen` turns the parameters into those that the model computes with.
+    """
 
     def loss_of(parameters: Parameters, ids: jax.Array, counted: jax.Array) -> jax.Array:
-        return summed_loss(merge(graph, parameters), ids, counted)
+        return summed_loss(merge(graph, seen(parameters)), ids, counted)
 
     def step(state: State, ids: jax.Array, counted: jax.Array) -> tuple[State, jax.Array, jax.Array]:
         parts = (ids.reshape(accumulate, -1, ids.shape[1]), counted.reshape(accumulate, -1, counted.shape[1]))
@@ -76,7 +85,7 @@ def train(
     mesh: Mesh | None = None,
     stage: str = "train",
 ) -> Parameters:
-    """Train until `settings.steps` and return the parameters (float32).
+    """Train until `settings.steps` and return the parameters (float32), rounded where the settings say so.
 
     `make_model(dtype=, rngs=)` builds the model; `start` replaces its random parameters. `out` gets `checkpoints/` and
     `metrics.jsonl`; when it holds a checkpoint, training goes on from there, step for step as if it had never stopped.
@@ -92,7 +101,8 @@ def train(
     )
     optimizer = adamw(schedule, settings.beta1, settings.beta2, settings.weight_decay, settings.clip)
     state = initial_state(parameters, optimizer, None if mesh is None else placed(model, mesh))
-    step_once = make_step(graph, optimizer, settings.accumulate)
+    seen = straight_through(settings.mxfp4)
+    step_once = make_step(graph, optimizer, settings.accumulate, seen)
     with open_checkpoints(out / "checkpoints", model.config.to_dict()) as checkpoints:
         state = checkpoints.latest(state)
         first = int(state["step"])
@@ -113,14 +123,14 @@ def train(
                     log.write(done, {**measured, "learning_rate": float(schedule(done - 1)), **speed.measure(done)})
                     advance(0, f"{stage}  loss {smoothed:.3f}")
                 if evaluate is not None and _due(done, settings.evaluate_every, settings):
-                    log.write(done, evaluate(graph, state["parameters"]))
+                    log.write(done, evaluate(graph, seen(state["parameters"])))
                     speed.restart(done)
                 if _due(done, settings.checkpoint_every, settings) or interrupted():
                     checkpoints.save(done, state)
                     speed.restart(done)
                 if interrupted():
                     raise KeyboardInterrupt
-    return state["parameters"]
+    return seen(state["parameters"])
 
 
 @contextmanager

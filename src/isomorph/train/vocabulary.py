@@ -20,7 +20,7 @@ from isomorph.tokenizer import FAST, copy_tokenizer, load_tokenizer, own_module
 if TYPE_CHECKING:
     import tiktoken
 
-    from isomorph.architectures.base import Architecture
+    from isomorph.architectures.base import Architecture, SpecialTokens
 
 #: Begins, ends and pads a text in a vocabulary that is learned as `tokenizer.json`.
 END_OF_TEXT = "<|endoftext|>"
@@ -79,7 +79,8 @@ def prepare_vocabulary(
         target.mkdir(exist_ok=True)
         copy_tokenizer(given, target, None, config)
     elif not (target / FAST).is_file():
-        learn_fast(texts(), config.vocab_size, target, config.max_position_embeddings)
+        context = config.max_position_embeddings
+        learn_fast(texts(), config.vocab_size, target, context, architecture.special_tokens)
     return fast_vocabulary(target, config.vocab_size)
 
 
@@ -94,12 +95,13 @@ def tiktoken_vocabulary(path: Path, separator: int, vocab_size: int) -> Vocabula
 
 
 def fast_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
-    """The vocabulary of a folder's `tokenizer.json`; texts are separated by its beginning or end of text.
+    """The vocabulary of a folder's `tokenizer.json`; texts are separated by `<|endoftext|>`, or else by BOS or EOS.
 
-    Raises InputError when it names neither, or more ids than `vocab_size`.
+    Raises InputError when it has none of them, or more ids than `vocab_size`.
     """
     tokenizer = load_tokenizer(folder, None, None, override=folder)
-    separator = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    candidates = (tokenizer.get_added_vocab().get(END_OF_TEXT), tokenizer.bos_token_id, tokenizer.eos_token_id)
+    separator = next((identity for identity in candidates if identity is not None), None)
     if separator is None:
         raise InputError(f"expected a tokenizer with bos_token or eos_token in {folder}; found neither")
     if len(tokenizer) > vocab_size:
@@ -117,36 +119,41 @@ def fast_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
     )
 
 
-def learn_fast(texts: Iterable[str], vocab_size: int, folder: Path, context: int) -> None:
-    """Learn a byte-level BPE of `vocab_size` ids, `<|endoftext|>` the last, and write it as a Transformers tokenizer.
+def learn_fast(texts: Iterable[str], vocab_size: int, folder: Path, context: int, special: SpecialTokens) -> None:
+    """Learn a byte-level BPE of `vocab_size` ids, `special` tokens the last, and write it as a Transformers tokenizer.
 
-    As BOS it begins what is tokenized with special tokens; it is EOS and padding too. `context` is the most tokens
-    that the model takes.
+    `context` is the most tokens that the model takes. Raises InputError.
     """
     from tokenizers import processors
 
-    tokenizer = _learned(texts, vocab_size - 1)
-    tokenizer.add_special_tokens([END_OF_TEXT])
-    identity = tokenizer.token_to_id(END_OF_TEXT)
-    if identity != vocab_size - 1:
+    tokenizer = _learned(texts, vocab_size - len(special.names))
+    tokenizer.add_special_tokens(list(special.names))
+    if (size := tokenizer.get_vocab_size()) != vocab_size:
         raise InputError(
-            f"expected text enough for a vocabulary of {vocab_size}; found {identity + 1} tokens in it; give more text "
+            f"expected text enough for a vocabulary of {vocab_size}; found {size} tokens in it; give more text "
             "or a smaller vocab_size"
         )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{END_OF_TEXT} $A",
-        pair=f"{END_OF_TEXT} $A {END_OF_TEXT} $B",
-        special_tokens=[(END_OF_TEXT, identity)],
-    )
+    identities = {name: tokenizer.token_to_id(name) for name in special.names}
+    if special.begins:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{special.bos} $A",
+            pair=f"{special.bos} $A {special.bos} $B",
+            special_tokens=[(special.bos, identities[special.bos])],
+        )
     folder.mkdir(exist_ok=True)
-    named = {f"{role}_token": END_OF_TEXT for role in ("bos", "eos", "pad")}
+    named = {"bos_token": special.bos, "eos_token": special.ends[0], "pad_token": END_OF_TEXT}
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "model_max_length": context,
         **named,
     }
-    generation = {f"{role}_token_id": identity for role in ("bos", "eos", "pad")}
+    ends = [identities[name] for name in special.ends]
+    generation = {
+        "bos_token_id": identities[special.bos],
+        "eos_token_id": ends[0] if len(ends) == 1 else ends,
+        "pad_token_id": identities[END_OF_TEXT],
+    }
     for name, content in (
         ("tokenizer_config.json", settings),
         ("special_tokens_map.json", named),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from isomorph.architectures.base import Architecture
+from isomorph.architectures.base import Architecture, SpecialTokens
 from isomorph.architectures.gpt_oss.config import GptOssConfig
 from isomorph.architectures.gpt_oss.recipe import role
 from isomorph.architectures.gpt_oss.weights import LAYOUTS, parameters
@@ -13,6 +13,24 @@ from isomorph.errors import InputError
 
 if TYPE_CHECKING:
     from isomorph.checkpoint import Checkpoint, Tensor
+
+#: Harmony's, in the order of their published ids (openai/gpt-oss-20b, tokenizer.json).
+HARMONY = SpecialTokens(
+    names=(
+        "<|startoftext|>",
+        "<|endoftext|>",
+        "<|return|>",
+        "<|constrain|>",
+        "<|channel|>",
+        "<|start|>",
+        "<|end|>",
+        "<|message|>",
+        "<|call|>",
+    ),
+    bos="<|startoftext|>",
+    ends=("<|return|>", "<|call|>", "<|endoftext|>"),
+    begins=False,
+)
 
 EXPERTS = "model.layers.0.mlp.experts"
 
@@ -49,4 +67,5 @@ ARCHITECTURE = Architecture(
     parameters=parameters,
     role=role,
     folder="gpt_oss",
+    special_tokens=HARMONY,
 )

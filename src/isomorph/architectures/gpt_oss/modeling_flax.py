@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .config import GptOssConfig
 
 #: Tokens of a row whose queries are computed at once, and rows of a block that goes to one expert.
-QUERY_BLOCK, EXPERT_BLOCK = 128, 128
+QUERY_BLOCK, EXPERT_BLOCK = 256, 128
 
 # Which mesh axes split each axis of a matrix. An annotation only: whoever has a mesh places the weights by it.
 COLUMN: dict[str, Any] = {"out_sharding": (None, "model"), "eager_sharding": False}
