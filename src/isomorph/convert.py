@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections import Counter
@@ -14,33 +13,18 @@ from typing import Any
 
 from isomorph import __version__, architectures, port
 from isomorph.architectures.base import Architecture
-from isomorph.checkpoint.container import MAX_SHARD_BYTES, Container, safetensors_files, torch_container
+from isomorph.checkpoint.container import MAX_SHARD_BYTES
+from isomorph.checkpoint.forms import FORMS, READERS
 from isomorph.checkpoint.mlx_quantized import CONFIG_KEYS as QUANTIZATION_KEYS
 from isomorph.checkpoint.mlx_quantized import unquantized
-from isomorph.checkpoint.orbax_folder import ITEM, write_orbax
 from isomorph.checkpoint.source import INDEX, Checkpoint, open_checkpoint
 from isomorph.checkpoint.target import check_target
 from isomorph.checkpoint.tensor import FLOATING, Tensor
-from isomorph.checkpoint.writer import Content, file_identity, write_folder
+from isomorph.checkpoint.writer import Content, file_identity, json_bytes, write_folder
 from isomorph.errors import InputError, did_you_mean
 from isomorph.port.stock import shared_layout
 from isomorph.stage import callable_module
 from isomorph.tokenizer import copy_tokenizer
-
-#: Who a folder is for -> how its weights may be stored.
-CONTAINERS = {
-    "mlx": ("mlx",),
-    "transformers": ("pt",),
-    "flax": ("flax", "orbax"),
-    "original": ("torch", "nanochat"),
-}
-
-#: The weights of an `original` folder, and nanochat's name for them.
-ORIGINAL_FILE = "model.pt"
-NANOCHAT_FILE = "model_000000.pt"
-
-#: What nanochat and training runs in JAX say of a model, and no more.
-MODEL_KEYS = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern")
 
 CAST_DTYPES = ("bfloat16", "float16", "float32")
 
@@ -72,7 +56,7 @@ class Conversion:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything to write, nothing read yet."""
+    """Everything to write, nothing read yet; `files` stand beside the weights and config.json."""
 
     source_layout: str
     layout: str
@@ -103,11 +87,12 @@ def convert(
     `to` is `mlx` (the default), `transformers`, `flax` or `original`; `layout` names one of the architecture's layouts
     instead (`isomorph list layouts`). `dtype` casts floating tensors, rounding to nearest even; without it every
     tensor keeps its bits, and converting back gives the same bits. `dequantize` turns MLX-quantized weights into
-    floats. One tensor at most is in memory. An interrupted call, repeated, goes on where it stopped; the target
-    appears only when it is complete. `dry_run` reads headers only and writes nothing. Raises InputError.
+    floats. One tensor at most is in memory. An interrupted call, repeated, goes on where it stopped (Orbax
+    begins anew); the target appears only when it is complete. `dry_run` reads headers only and writes nothing. Raises
+    InputError.
     """
-    if to is not None and to not in CONTAINERS:
-        raise InputError(f"expected to= {', '.join(CONTAINERS)}; found {to!r}{did_you_mean(to, CONTAINERS)}")
+    if to is not None and to not in READERS:
+        raise InputError(f"expected to= {', '.join(READERS)}; found {to!r}{did_you_mean(to, READERS)}")
     check_dtype(dtype)
     checkpoint = open_checkpoint(source, config=config)
     destination = check_target(target, force or dry_run, [checkpoint.path])
@@ -118,7 +103,8 @@ def convert(
         plan = stock_plan(checkpoint, to or "mlx", layout, dtype, dequantize)
     else:
         plan = own_plan(checkpoint, architecture, to, layout, dtype, dequantize)
-    weights = _containers(plan, max_shard_bytes)
+    stored = FORMS[plan.container].store(plan.tensors, plan.config, max_shard_bytes)
+    beside = {**plan.files, **stored.files, "config.json": json_bytes({**plan.config, **stored.config})}
     payload = sum(tensor.nbytes for tensor in plan.tensors)
     result = partial(
         Conversion,
@@ -135,16 +121,16 @@ def convert(
         dropped=dict(plan.dropped),
     )
     if dry_run:
-        index = [INDEX] if len(weights) > 1 else []
-        return result(files=[*(file.name for file in weights), *plan.files, *index], dry_run=True)
-    files = {**plan.files, **tokenizer_files(checkpoint, architecture, plan)}
+        index = [INDEX] if len(stored.weights) > 1 else []
+        return result(files=[*(file.name for file in stored.weights), *beside, *index], dry_run=True)
+    files = {**beside, **tokenizer_files(checkpoint, architecture, plan)}
     inputs = {
         "isomorph": __version__,
         "sources": file_identity(checkpoint.files),
         "config": plan.config,
         "layouts": [plan.source_layout, plan.layout],
     }
-    write_folder(destination, weights, files, inputs=inputs, description=f"writing {destination.name}")
+    write_folder(destination, stored.weights, files, inputs=inputs, description=f"writing {destination.name}")
     return result(files=sorted(entry.name for entry in destination.iterdir()))
 
 
@@ -176,14 +162,6 @@ def own_plan(
     kept = {key: value for key, value in kept.items() if key not in QUANTIZATION_KEYS}
     quantization = _quantization(checkpoint, reading, target)
     config = kept | dict(parsed.to_dict()) | quantization | dict(target.keys) | _dtype_keys(tensors)
-    model = {key: config[key] for key in MODEL_KEYS if key in config}
-    if target.container == "nanochat":
-        meta = NANOCHAT_FILE.replace("model_", "meta_").replace(".pt", ".json")
-        files[meta] = json_bytes({"step": 0, "model_config": model})
-    elif target.container == "orbax":
-        files["0"] = lambda step: write_orbax(step, tensors)
-    nested = {ITEM: {**model, "tie_embeddings": config["tie_embeddings"]}} if target.container == "orbax" else {}
-    files["config.json"] = json_bytes({**config, **nested})
     if target.generation:
         ids = {key: config[key] for key in TOKEN_IDS if config.get(key) is not None}
         files["generation_config.json"] = json_bytes({**target.generation, **ids})
@@ -206,15 +184,15 @@ def _target_layout(
 ) -> port.Layout:
     if name is not None:
         layout = port.layout_of(architecture, name)
-        if to is not None and layout.container not in CONTAINERS[to]:
-            fitting = [other.name for other in architecture.layouts.values() if other.container in CONTAINERS[to]]
+        if to is not None and FORMS[layout.container].reader != to:
+            fitting = [other.name for other in architecture.layouts.values() if FORMS[other.container].reader == to]
             raise InputError(f"expected a layout for {to}: {' or '.join(fitting)}; found {name!r}; change one of them")
         return layout
     own = architecture.layouts[architecture.detect(checkpoint)]
     default = architecture.layouts[architecture.defaults[to or "mlx"]]
     if checkpoint.quantization is None or dequantize:
         return default
-    if own.container in CONTAINERS[to or "mlx"]:
+    if FORMS[own.container].reader == (to or "mlx"):
         return own
     # Packed weights go where they can stay packed.
     stored_alike = (entry for entry in architecture.layouts.values() if entry.container == default.container)
@@ -237,24 +215,13 @@ def stock_plan(checkpoint: Checkpoint, to: str, layout: str | None, dtype: str |
     tensors = [_cast(tensor, dtype) for tensor in checkpoint.tensors.values()]
     kept = {key: value for key, value in (checkpoint.config or {}).items() if key not in ("dtype", "torch_dtype")}
     config = kept | _dtype_keys(tensors)
-    code = {path.name: path for path in sorted(checkpoint.folder.glob("*.py"))}
-    files: dict[str, Content] = {**code, "config.json": json_bytes(config)}
+    code: dict[str, Content] = {path.name: path for path in sorted(checkpoint.folder.glob("*.py"))}
     name = {"pt": "transformers", "mlx": "mlx-lm"}[container]
-    return Plan(name, name, tensors, container, sum(t.size for t in tensors), config, None, files)
+    return Plan(name, name, tensors, container, sum(t.size for t in tensors), config, None, code)
 
 
 def _cast(tensor: Tensor, dtype: str | None) -> Tensor:
     return tensor.cast(dtype) if dtype is not None and tensor.dtype in FLOATING else tensor
-
-
-def _containers(plan: Plan, max_shard_bytes: int) -> list[Container]:
-    if plan.container == "torch":
-        return [torch_container(ORIGINAL_FILE, plan.tensors)]
-    if plan.container == "nanochat":
-        return [torch_container(NANOCHAT_FILE, plan.tensors, key=None)]
-    if plan.container == "orbax":
-        return []  # a folder of its own among the files
-    return safetensors_files(plan.tensors, {"format": plan.container}, max_shard_bytes)
 
 
 def _dtype_keys(tensors: Iterable[Tensor]) -> dict[str, str]:
@@ -275,13 +242,9 @@ def tokenizer_files(checkpoint: Checkpoint, architecture: Architecture | None, p
     """The source's tokenizer in the form the target takes."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        original = plan.container in CONTAINERS["original"]
+        original = FORMS[plan.container].reader == "original"
         names = copy_tokenizer(checkpoint.path, place, architecture, plan.parsed, original=original)
         return {name: (place / name).read_bytes() for name in names}
-
-
-def json_bytes(document: Mapping[str, Any]) -> bytes:
-    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 callable_module(__name__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,12 @@ def find_item(path: Path) -> Path | None:
     steps = [entry for entry in path.iterdir() if entry.name.isdecimal() and (entry / ITEM / METADATA).is_file()]
     latest = max(steps, key=lambda entry: int(entry.name), default=path)
     return next((folder for folder in (latest / ITEM, path) if (folder / METADATA).is_file()), None)
+
+
+def is_bare_step(folder: Path) -> bool:
+    """Whether `folder` is a step with parameters and nothing else, as `write_orbax` makes it; training keeps more."""
+    items = [entry.name for entry in folder.iterdir() if entry.is_dir()]
+    return folder.name.isdecimal() and items == [ITEM] and (folder / ITEM / METADATA).is_file()
 
 
 def read_orbax(item: Path) -> dict[str, Tensor]:
@@ -81,21 +88,44 @@ def _tensor(item: Path, name: str, array: Any) -> Tensor:
 
 
 def write_orbax(step: Path, tensors: Iterable[Tensor]) -> None:
-    """Write `tensors` as the item of the step folder `step`, for `CheckpointManager(step.parent)` to restore."""
+    """Write `tensors` as the item of the step folder `step`, for `CheckpointManager(step.parent)` to restore.
+
+    One tensor at a time is in memory.
+    """
     try:
+        import jax
         import orbax.checkpoint as ocp
     except ModuleNotFoundError:
         raise InputError(
             "writing Orbax needs the package 'orbax-checkpoint', which is not installed; "
             "run: pip install 'isomorph[flax]'"
         ) from None
+
+    class OneByOne(ocp.type_handlers.NumpyHandler):
+        """Reads each tensor when its turn has come, and has it on disk before the next."""
+
+        async def serialize(self, values: Any, infos: Any, args: Any = None) -> list[Any]:
+            for tensor, *rest in zip(values, infos, args):
+                value = np.ascontiguousarray(tensor.read())
+                for written in await super().serialize([value], *([part] for part in rest)):
+                    written.result()
+            return []
+
     tree: dict[str, Any] = {}
     for tensor in tensors:
         *path, leaf = tensor.name.split(".")
         place = tree
         for part in path:
             place = place.setdefault(part, {})
-        place[leaf] = np.ascontiguousarray(tensor.read())
-    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
-    with ocp.CheckpointManager(step.parent.resolve(), options=options) as manager:
+        place[leaf] = tensor
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, ocp.type_handlers.ArrayHandler()),  # without one Orbax warns
+        (Tensor, OneByOne(deepcopy_host_arrays=False)),
+    )
+    shutil.rmtree(step, ignore_errors=True)  # what an interrupted run left
+    with ocp.CheckpointManager(
+        step.parent.resolve(),
+        options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
+        item_handlers={ITEM: ocp.PyTreeCheckpointHandler(type_handler_registry=registry)},
+    ) as manager:
         manager.save(int(step.name), args=ocp.args.Composite(**{ITEM: ocp.args.PyTreeSave(tree)}))

@@ -7,9 +7,10 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from isomorph.checkpoint.orbax_folder import is_bare_step
 from isomorph.errors import InputError
 
-#: A folder that holds one of these, and no folder, is a model folder: `--force` may replace it.
+#: A folder that holds one of these, and no folder but Orbax steps of weights, is a model's: `--force` may replace it.
 MODEL_FILES = ("config.json", "*.safetensors", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -43,7 +44,7 @@ def check_target(target: str | Path, force: bool, sources: Iterable[Path] = ()) 
     if path.is_symlink() or not path.is_dir():
         raise InputError(f"expected a folder to replace; found {target}, which is not one; choose another target")
     entries = list(path.iterdir())
-    folders = [entry for entry in entries if entry.is_dir()]
+    folders = [entry for entry in entries if entry.is_dir() and not is_bare_step(entry)]
     if entries and (folders or not any(entry.match(pattern) for entry in entries for pattern in MODEL_FILES)):
         what = f"the folder {folders[0].name} in it" if folders else "no model in it"
         raise InputError(f"expected a model folder to replace; found {target} with {what}; remove it yourself if meant")

@@ -77,6 +77,10 @@ def write_folder(
         install(partial, target, replaces)
 
 
+def json_bytes(document: Mapping[str, Any]) -> bytes:
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def file_identity(paths: Sequence[Path]) -> list[list[Any]]:
     """What tells whether files are still the same: absolute path, size in bytes, time of change in nanoseconds."""
     facts = [(str(path.resolve()), path.stat()) for path in paths]

@@ -15,8 +15,8 @@ from isomorph.checkpoint.mlx_quantized import CONFIG_KEYS, is_quantized
 from isomorph.checkpoint.source import Checkpoint, open_checkpoint
 from isomorph.checkpoint.target import check_target
 from isomorph.checkpoint.tensor import Tensor
-from isomorph.checkpoint.writer import file_identity, write_folder
-from isomorph.convert import CAST_DTYPES, check_dtype, json_bytes, own_plan, stock_plan, tokenizer_files
+from isomorph.checkpoint.writer import file_identity, json_bytes, write_folder
+from isomorph.convert import CAST_DTYPES, check_dtype, own_plan, stock_plan, tokenizer_files
 from isomorph.convert import Plan as ConversionPlan
 from isomorph.errors import InputError, did_you_mean
 from isomorph.port import stock
