@@ -104,8 +104,9 @@ def random_folder(model_type: str, folder: Path, **extra: object) -> Path:
         plain = {name.removeprefix("transformer."): value for name, value in tensors.items()}
         save_file(plain, folder / "model.safetensors", metadata={"format": "pt"})
     values = json.loads((folder / "config.json").read_text())
+    theta = (values.get("rope_parameters") or {}).get("rope_theta", 10000.0)
     (folder / "config.json").write_text(
-        json.dumps({"rope_theta": 10000.0, **values, **MLX_KEYS.get(model_type, {}), "torch_dtype": "float32"})
+        json.dumps({"rope_theta": theta, **values, **MLX_KEYS.get(model_type, {}), "torch_dtype": "float32"})
     )
     words = Tokenizer(WordLevel({str(token): token for token in range(VOCABULARY)}, unk_token="0"))
     transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="0").save_pretrained(folder)

@@ -95,8 +95,8 @@ def test_embedding_and_its_tied_head():
 def test_experts(tokens):
     shapes = {"gate": (4, 96, 64), "up": (4, 96, 64), "down": (4, 64, 96)}
     cases = {name: make(seed, shape, Settings(4, 32)) for seed, (name, shape) in enumerate(shapes.items())}
-    parts = [QuantizedExpertLinear(*case.packed, case.settings) for case in cases.values()]
-    experts = QuantizedExperts(*parts, lambda gate, up: torch.nn.functional.silu(gate) * up)
+    gate, up, down = (QuantizedExpertLinear(*case.packed, case.settings) for case in cases.values())
+    experts = QuantizedExperts([gate, up], down, lambda gate, up: torch.nn.functional.silu(gate) * up)
     x = activations(3, tokens, 64, "float32")
     weights, index = torch.softmax(activations(4, tokens, 4, "float32"), -1).topk(2)
     expected = torch.zeros(tokens, 64, dtype=torch.float64)

@@ -21,11 +21,11 @@ from isomorph.checkpoint.tensor import FLOATING
 from isomorph.errors import InputError, did_you_mean
 from isomorph.frameworks.model import Model
 from isomorph.frameworks.torch_cache import windows_of
-from isomorph.frameworks.torch_quantized import place, quantized_model, tie
+from isomorph.frameworks.torch_quantized import fill, quantized_model
 from isomorph.frameworks.torch_state import TorchDecodeState
 from isomorph.frameworks.torch_step import Steps
 from isomorph.kernels.modules import speed_up
-from isomorph.port import mapped
+from isomorph.port import Layout, Reading, read
 
 logger = logging.getLogger(__name__)
 
@@ -89,38 +89,34 @@ def own_model(
     """The architecture's own model, filled tensor by tensor and not initialised before; packed weights stay packed."""
     file = architecture.module("modeling_torch")
     config_name = architecture.config_class.__name__
-    # A folded head stays folded: unfolding it would undo the rounding that the stored weights have.
-    layout = next(
-        name
-        for name, entry in architecture.layouts.items()
-        if name.startswith(architecture.native[FRAMEWORK])
-        and all(getattr(config, key) == value for key, value in entry.config.items())
-    )
-    tensors = {
-        tensor.name: tensor
-        for tensor in mapped(
-            checkpoint, architecture, layout, config=config, dequantize=checkpoint.quantization is None
-        )
-    }
-    packed = quantized_modules(tensors, checkpoint.quantization) if checkpoint.quantization is not None else {}
+    reading = read(checkpoint, architecture, config=config, dequantize=checkpoint.quantization is None)
+    layout = native_layout(architecture, reading, config)
+    tensors = {tensor.name: tensor for tensor in reading.into(layout)}
+    quantization = reading.quantization(layout)
+    packed = {} if quantization is None else quantized_modules(tensors, quantization)
     target = getattr(torch, dtype or main_dtype(list(tensors.values())))
     values = {key: value for key, value in config.to_dict().items() if key != "model_type"}
     model_class = getattr(file, config_name.removesuffix("Config") + "ForCausalLM")
     # Buffers, such as rotary frequencies, are computed and small.
     with init_empty_weights(include_buffers=False):
         module = model_class(getattr(file, config_name)(**values, dtype=target))
-    for path, entry in packed.items():
-        place(module, path, entry, target, fast)
-    for tensor in tensors.values():
-        owner, _, name = tensor.name.rpartition(".")
-        if owner in packed:
-            continue
-        parameter = nn.Parameter(torch_tensor(tensor.read()).to(target), requires_grad=False)
-        module.get_submodule(owner).register_parameter(name, parameter)
-    left = {name for name, parameter in module.named_parameters(remove_duplicate=False) if parameter.is_meta}
-    tie(module, left)
-    assert not left, f"layout {layout!r} leaves {sorted(left)} of {model_class.__name__} unfilled"
+    for parameter in module.parameters():
+        parameter.data = parameter.to(target)
+    fill(module, tensors, packed, target, fast)
     return module
+
+
+def native_layout(architecture: Architecture, reading: Reading, config: Any) -> Layout:
+    """The layout that the model's file is filled from: one that leaves packed weights as they lie, if there are any."""
+    fitting = [
+        layout
+        for layout in architecture.layouts.values()
+        # A folded head stays folded: unfolding it would undo the rounding that the stored weights have.
+        if all(getattr(config, key) == value for key, value in layout.config.items())
+    ]
+    if reading.packed:
+        return next(layout for layout in fitting if layout.packed == "mlx" and reading.keeps(layout))
+    return next(layout for layout in fitting if layout.name.startswith(architecture.native[FRAMEWORK]))
 
 
 def main_dtype(tensors: list[Tensor]) -> str:
@@ -130,13 +126,6 @@ def main_dtype(tensors: list[Tensor]) -> str:
         if tensor.dtype in FLOATING:
             sizes[tensor.dtype] += tensor.nbytes
     return sizes.most_common(1)[0][0]
-
-
-def torch_tensor(value: np.ndarray) -> torch.Tensor:
-    """A copy of a checkpoint's array; torch does not read numpy's bfloat16 as such."""
-    if value.dtype.name == "bfloat16":
-        return torch.from_numpy(value.view(np.uint16).copy()).view(torch.bfloat16)
-    return torch.from_numpy(value.copy())
 
 
 def stock_model(checkpoint: Checkpoint, dtype: str | None, trust_remote_code: bool) -> tuple[nn.Module, Any]:

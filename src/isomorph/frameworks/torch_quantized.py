@@ -6,24 +6,19 @@ replaced by modules over the packed tensors, everything else is filled as usual.
 
 from __future__ import annotations
 
-import copy
 import re
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from isomorph.checkpoint import Checkpoint, Tensor
 from isomorph.checkpoint.mlx_quantized import QuantizedModule, quantized_modules
 from isomorph.errors import InputError, did_you_mean
-from isomorph.kernels.modules import QuantizedEmbedding, QuantizedExpertLinear, QuantizedExperts, QuantizedLinear
-from isomorph.quantize.settings import Settings
-
-#: Experts as mlx-lm stacks them, [E, N, K]: `X.switch_mlp.gate_proj`, in gpt-oss `X.experts.gate_proj`.
-EXPERTS = re.compile(r"^(.*)\.(?:switch_mlp|experts)\.(gate|up|down)_proj$")
+from isomorph.frameworks.torch_experts import EXPERTS, place_experts
+from isomorph.frameworks.torch_tensors import check_shape, dtype_name, packed_parts, put, torch_view
+from isomorph.kernels.modules import QuantizedEmbedding, QuantizedLinear
 
 #: Tables that older exports carry along and the models compute themselves.
 DROPPED = re.compile(r"\.(rotary_emb\.inv_freq|attention\.(masked_bias|bias)|attn\.(masked_bias|bias))$")
@@ -88,7 +83,8 @@ def fill(
             _assign(module, own, torch_view(tensor.read()))
         missing.discard(own)
     for path, parts in experts.items():
-        filled = _place_experts(module, names.own(f"{path}.experts.gate_up_proj"), parts, tensors, packed, fast)
+        own = names.own(f"{path}.experts.gate_up_proj")
+        filled = place_experts(module, own.rpartition(".")[0], parts, tensors, packed, fast) if own else set()
         if not filled:
             unknown.extend(f"{owner}.weight" for owner in parts.values())
         missing -= filled
@@ -127,31 +123,6 @@ class Names:
         return next((found for found in (name, renamed, based, layered) if found in self._known), None)
 
 
-def torch_view(value: np.ndarray) -> torch.Tensor:
-    """A tensor over the array's own memory, mapped where it is; treat it as read-only."""
-    bits = {"bfloat16": np.int16, "uint32": np.int32}.get(value.dtype.name)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*not writable.*")
-        tensor = torch.from_numpy(
-            np.ascontiguousarray(value) if bits is None else np.ascontiguousarray(value).view(bits)
-        )
-    return tensor.view(torch.bfloat16) if value.dtype.name == "bfloat16" else tensor
-
-
-def packed_parts(entry: QuantizedModule) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Settings]:
-    """`weight, scales, biases, settings` of a module, over the file's memory; scales checked to be finite."""
-    weight, scales = torch_view(entry.weight.read()), torch_view(entry.scales.read())
-    biases = None if entry.biases is None else torch_view(entry.biases.read())
-    for name, part in (("scales", scales), ("biases", biases)):
-        if part is None:
-            continue
-        # In bytes, E8M0 has one NaN and E4M3 one of either sign.
-        byte_nan = (part & 0x7F == 0x7F) if entry.settings.mode == "nvfp4" else part == 0xFF
-        if (byte_nan if part.dtype == torch.uint8 else ~torch.isfinite(part)).any():
-            raise InputError(f"expected finite {name}; found NaN or infinity in {entry.path}.{name}; quantize it again")
-    return weight, scales, biases, entry.settings
-
-
 def _stored_dtype(checkpoint: Checkpoint) -> str:
     """The dtype of most of the floating tensors, which in affine folders are the scales."""
     names = [
@@ -167,15 +138,8 @@ def _assign(module: nn.Module, name: str, value: torch.Tensor) -> None:
         owner.bias = value.to(owner.bias.dtype)  # type: ignore[union-attr]
         return
     place = getattr(owner, leaf)
-    _check_shape(name, value.shape, place.shape)
-    place.data = value.to(place.dtype, copy=True)
-
-
-def _check_shape(name: str, found: Sequence[int], wanted: Sequence[int]) -> None:
-    if tuple(found) != tuple(wanted):
-        raise InputError(
-            f"expected {name} of shape {list(wanted)}; found {list(found)}; correct the weights or config.json"
-        )
+    check_shape(name, value.shape, place.shape)
+    put(owner, leaf, value.to(place.dtype, copy=True))
 
 
 def place(module: nn.Module, path: str, entry: QuantizedModule, dtype: torch.dtype, fast: bool) -> None:
@@ -183,7 +147,7 @@ def place(module: nn.Module, path: str, entry: QuantizedModule, dtype: torch.dty
     old: Any = module.get_submodule(path)
     shape = tuple(old.weight.shape)
     transposed = type(old).__name__ == "Conv1D"  # GPT-2 stores [K, N]
-    _check_shape(path, entry.shape, shape[::-1] if transposed else shape)
+    check_shape(path, entry.shape, shape[::-1] if transposed else shape)
     if isinstance(old, nn.Embedding):
         scale = getattr(old, "embed_scale", None)
         factor = 1.0 if scale is None else float(scale)
@@ -192,60 +156,7 @@ def place(module: nn.Module, path: str, entry: QuantizedModule, dtype: torch.dty
         bias = None if getattr(old, "bias", None) is None else old.bias.detach()
         module.set_submodule(path, QuantizedLinear(*packed_parts(entry), bias=bias, fast=fast))
     else:  # a router or the like that multiplies by itself
-        old.weight.data = torch_view(entry.dequantized(_name(dtype)).read()).to(dtype)
-
-
-def _place_experts(
-    module: nn.Module,
-    gate_up: str | None,
-    parts: Mapping[str, str],
-    tensors: Mapping[str, Tensor],
-    packed: Mapping[str, QuantizedModule],
-    fast: bool,
-) -> set[str]:
-    """Fill the experts of one block, packed where all three matrices are; the names filled, none if not understood."""
-    if gate_up is None or set(parts) != {"gate", "up", "down"}:
-        return set()
-    place = gate_up.rpartition(".")[0]
-    old: Any = module.get_submodule(place)
-    if not getattr(old, "has_gate", False) or getattr(old, "has_post_expert_norm", False):
-        return set()
-    names = {f"{place}.{name}" for name, _ in old.named_parameters()}
-    down_shape = tuple((old.down_proj.transpose(1, 2) if old.is_transposed else old.down_proj).shape)
-    shapes = dict.fromkeys(("gate", "up"), (down_shape[0], down_shape[2], down_shape[1])) | {"down": down_shape}
-    if not all(owner in packed for owner in parts.values()):
-        if old.has_bias or old.is_transposed or not old.is_concatenated:
-            return set()
-        dtype = old.down_proj.dtype
-        values = {}
-        for part, owner in parts.items():
-            tensor = packed[owner].dequantized(_name(dtype)) if owner in packed else tensors[f"{owner}.weight"]
-            _check_shape(owner, tensor.shape, shapes[part])
-            values[part] = torch_view(tensor.read()).to(dtype)
-        old.gate_up_proj.data = torch.cat([values["gate"], values["up"]], 1)
-        old.down_proj.data = values["down"]
-        return names
-    made = {}
-    for part, owner in parts.items():
-        _check_shape(owner, packed[owner].shape, shapes[part])
-        bias = torch_view(tensors[f"{owner}.bias"].read()) if old.has_bias else None
-        made[part] = QuantizedExpertLinear(*packed_parts(packed[owner]), bias=bias, fast=fast)
-    module.set_submodule(place, QuantizedExperts(made["gate"], made["up"], made["down"], gating(old)))
-    return names
-
-
-def gating(experts: Any) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """How `experts`, a module of Transformers, makes one hidden vector of those of gate and up."""
-    apply = type(experts)._apply_gate
-    if apply.__name__ == "_default_apply_gate":
-        activation = experts.act_fn
-        return lambda gate, up: activation(gate) * up
-    # The module's own function, over the attributes it reads but not the weights.
-    bare = copy.copy(experts)
-    bare._parameters = {}
-    if experts.is_concatenated:
-        return lambda gate, up: apply(bare, torch.cat([gate, up], -1))
-    return lambda gate, up: apply(bare, torch.stack([gate, up], -1).flatten(-2))
+        put(old, "weight", torch_view(entry.dequantized(dtype_name(dtype)).read()).to(dtype))
 
 
 def tie(module: Any, missing: set[str]) -> None:
@@ -261,7 +172,3 @@ def tie(module: Any, missing: set[str]) -> None:
     else:
         module.tie_weights()
     missing -= {f"{head}.weight" for head in heads}
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -197,24 +197,26 @@ class QuantizedExpertLinear(PackedModule):
 
 
 class QuantizedExperts(nn.Module):
-    """Gated experts: sum over the chosen of weight * down(gating(gate(x), up(x))), as Transformers calls them."""
+    """Gated experts: sum over the chosen of weight * down(gating(gate(x), up(x))), as Transformers calls them.
+
+    `gate_up` is the matrices of gate and up, or one that holds both: `gating` takes the product of each.
+    """
 
     def __init__(
         self,
-        gate: QuantizedExpertLinear,
-        up: QuantizedExpertLinear,
+        gate_up: Sequence[QuantizedExpertLinear],
         down: QuantizedExpertLinear,
-        gating: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        gating: Callable[..., torch.Tensor],
     ) -> None:
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = gate, up, down
+        self.gate_up, self.down_proj = nn.ModuleList(gate_up), down
         self.gating = gating
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """`hidden_states` [M, D], `top_k_index` and `top_k_weights` [M, k] -> [M, D]."""
-        hidden = self.gating(self.gate_proj(hidden_states, top_k_index), self.up_proj(hidden_states, top_k_index))
+        hidden = self.gating(*(part(hidden_states, top_k_index) for part in self.gate_up))
         parts = self.down_proj(hidden, top_k_index) * top_k_weights.reshape(-1, 1).to(hidden.dtype)
         return parts.view(*top_k_index.shape, -1).sum(1).to(hidden_states.dtype)
 

@@ -71,6 +71,10 @@ class Reading:
                 parts = [self.canonical(name, dtype) for name in row.canonical]
                 yield TRANSFORMS[row.transform].from_canonical(row.name, parts)
 
+    def keeps(self, layout: Layout) -> bool:
+        """Whether `layout` stores every packed module as this one does, so that its memory stays mapped."""
+        return all(self._alike(row) for row in expand(layout, self.shapes).values() if self._is_packed(row))
+
     def quantization(self, layout: Layout) -> dict[str, Any] | None:
         """config.json's `quantization` for the packed modules under the names of `layout`; None when there are none.
 

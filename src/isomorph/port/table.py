@@ -28,7 +28,6 @@ class Layout:
     """One form of an architecture's checkpoints.
 
     `rows` is the literal table; `container` how the weights are stored (`pt`, `mlx` or `flax` safetensors, by the
-    `rows` is the literal table; `container` how the weights are stored (`pt`, `mlx` or `flax` safetensors, by the
     header's format; `torch` or `nanochat`, an original file; `orbax`, a folder); `config` the config values the layout
     implies; `keys` what convert puts into config.json for stock libraries; `files` what it copies from the
     architecture's folder beside the weights; `generation` what generation_config.json says besides token ids, where the
