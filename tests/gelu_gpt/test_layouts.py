@@ -78,6 +78,18 @@ def test_a_converted_pt_with_its_config(tmp_path: Path) -> None:
     assert (found.layout, found.config["vocab_size"], found.config["sequence_len"]) == ("export", 120, 256)
 
 
+def test_eps_that_no_config_states(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It lives in the code: the published repository brings its own, with 1e-6; without, it is nanochat's."""
+    folder = write_checkpoint(tmp_path / "model")
+    config = {key: value for key, value in tiny_config().items() if key != "rms_norm_eps"}
+    published = {"auto_map": {"AutoModelForCausalLM": "modeling_gelu_gpt.GeluGPTForCausalLM"}}
+    for extra, eps in [({}, FLOAT32_EPS), (published, 1e-6), ({"rms_norm_eps": 1e-5}, 1e-5)]:
+        caplog.clear()
+        (folder / "config.json").write_text(json.dumps(config | extra))
+        assert inspect(folder).config["rms_norm_eps"] == eps
+        assert ("rms_norm_eps" in caplog.text) == (extra == {})
+
+
 def test_rope_tables_in_a_checkpoint_are_checked(tmp_path: Path) -> None:
     config = tiny_config()
     folder = write_checkpoint(tmp_path / "model", config)

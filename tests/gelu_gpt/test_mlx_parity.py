@@ -14,7 +14,7 @@ import isomorph
 from conftest import assert_logits_close
 from golden.make_gelu_gpt import CASES, FOLDER, MISTAKES, case, fingerprint, forward
 from isomorph.architectures.gelu_gpt import modeling_mlx
-from isomorph.architectures.gelu_gpt.config import FLOAT32_EPS, GeluGPTConfig
+from isomorph.architectures.gelu_gpt.config import GeluGPTConfig
 from isomorph.verify.tolerance import MAX_NOISE_RATIO, allowed_logit_difference
 from tiny_gelu_gpt import tiny_config, tiny_tensors, write_checkpoint
 
@@ -154,17 +154,13 @@ def test_config_values_it_does_not_have_are_refused(change: dict, complaint: str
         modeling_mlx.ModelArgs.from_dict(tiny_config() | change)
 
 
-@pytest.mark.parametrize("name, source, eps", [
-    # The published layout says 1e-6, which moves these logits by up to 2.4e-5; nanochat ran with float32's own.
-    ("public-gelu-mha", "hf", {"rms_norm_eps": FLOAT32_EPS}),
-    ("public-relu2-untied", "hf", {"rms_norm_eps": FLOAT32_EPS}),
-    ("public-relu2-untied", "nanochat", None),
+@pytest.mark.parametrize("name, source", [
+    ("public-gelu-mha", "hf"), ("public-relu2-untied", "hf"), ("public-relu2-untied", "nanochat"),
 ])  # fmt: skip
-def test_nanochats_own_outputs(shared: Path, name: str, source: str, eps: dict | None) -> None:
+def test_nanochats_own_outputs(shared: Path, name: str, source: str) -> None:
     folder = shared / "golden" / "nanochat" / name
     expected = np.load(folder / "expected.npz")
-    # nanochat's tables take its compute dtype, here float32.
-    model = isomorph.load(folder / source, framework="mlx", config=eps, rope_table_dtype="float32")
+    model = isomorph.load(folder / source, framework="mlx")
     ids = expected["input_ids"]
     assert_logits_close(model.logits(ids), expected["logits"])
     assert_logits_close(np.stack(model.hidden_states(ids[:1])), expected["hidden_states"])

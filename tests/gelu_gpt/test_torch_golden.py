@@ -73,8 +73,7 @@ def test_no_smear_on_the_first_decoded_token_is_caught(tmp_path: Path, monkeypat
 def test_nanochat(name: str, shared: Path) -> None:
     folder = shared / "golden" / "nanochat" / name
     expected = np.load(folder / "expected.npz")
-    # These weights are in the published layout, which says no eps; nanochat computed them with its own.
-    model: Any = isomorph.load(folder / "hf", config={"rms_norm_eps": FLOAT32_EPS})
+    model: Any = isomorph.load(folder / "hf")
     ids = expected["input_ids"]
     assert_logits_close(model.logits(ids), expected["logits"])
     for actual, state in zip(model.hidden_states(ids[:1]), expected["hidden_states"]):

@@ -254,9 +254,14 @@ def test_roles_of_stock_models(path, role, block):
 
 
 def test_roles_are_one_vocabulary():
-    from isomorph.architectures.talkie import recipe
+    from isomorph.architectures import gelu_gpt, gpt_oss, talkie
 
-    assert set(recipe.ROLES.values()) <= set(ROLES)
+    for architecture in (gelu_gpt, gpt_oss, talkie):
+        assert set(architecture.recipe.ROLES.values()) <= set(ROLES)
+    assert gelu_gpt.ARCHITECTURE.role("model.value_embeds.11.weight") == "value_embed"
+    assert gelu_gpt.ARCHITECTURE.role("value_embeds.11.embedding") in ROLES
+    assert gelu_gpt.ARCHITECTURE.role("model.wte") == "embed" and gelu_gpt.ARCHITECTURE.role("model.lm_head") == "head"
+    assert gelu_gpt.ARCHITECTURE.role("model.blocks.1.attn.ve_gate.weight") is None
     assert talkie_role("model.blocks.7.attn.attn_resid.weight") == "o"
     assert talkie_role("blocks.7.mlp.mlp_linear.kernel") == "up"
     assert talkie_role("model.blocks.7.attn_gain.a_g") is None and talkie_role("lm_head_gain.w_g") is None
@@ -335,3 +340,19 @@ def test_bits_a_weight_counts_everything(talkie, tmp_path):
     assert sum(module.nbytes for module in result.plan) + GAIN_BYTES == result.payload_bytes
     assert sum(math.prod(module.shape) for module in result.plan) + 40 * 43 == result.parameters
     assert replace(result, plan=[]).skipped == {}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "size_bytes"),
+    [
+        ([], 183_043_876),
+        (["value_embed=3"], 164_169_508),
+        (["value_embed=keep"], 400_099_108),
+        (["embed=4"], 146_868_004),
+    ],
+)
+def test_value_embeddings_have_a_role_of_their_own(tmp_path, overrides, size_bytes):
+    """The published GELU-GPT by q4-mixed, which keeps the token embedding: 58 % of it are value embeddings."""
+    (tmp_path / "config.json").write_text('{"model_type": "gelu_gpt"}')
+    options = {"recipe": "q4-mixed", "dtype": "bfloat16", "overrides": overrides, "dry_run": True}
+    assert quantize(tmp_path, tmp_path / "target", **options).payload_bytes == size_bytes

@@ -73,6 +73,10 @@ def configuration(
     """
     if checkpoint.config is not None:
         values = dict(checkpoint.config)
+        for key, (value, reason) in architecture.unstated(values).items():
+            level = logging.WARNING if tell else logging.DEBUG
+            logger.log(level, "%s says no %s: %s assumed, %s", checkpoint.path.name, key, value, reason)
+            values[key] = value
     else:
         inferred, assumed = architecture.infer_config(checkpoint.tensors)
         shaped = {key: inferred[key] for key in inferred.keys() - {line.partition("=")[0] for line in assumed}}

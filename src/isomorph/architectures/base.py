@@ -33,7 +33,8 @@ class Architecture:
     `layouts` are the forms a checkpoint has; `defaults` the one each target of `convert --to` writes; `native` the
     one each framework's model file is filled from; `parameters(config)` the canonical tensors and their shapes.
     `check_dropped(config, tensors)` raises InputError when a tensor that its layout drops says something else than the
-    config; `foreign(config)` says why a config.json of another model_type is not whole, None when it is;
+    config; `unstated(config)` gives, where a config.json leaves them open, values that are not the class's defaults,
+    each with the reason; `foreign(config)` says why a config.json of another model_type is not whole, None when it is;
     `special_tokens` are what a tokenizer learned for it has.
     """
 
@@ -48,6 +49,7 @@ class Architecture:
     role: Callable[[str], str | None]
     folder: str
     check_dropped: Callable[[Any, Mapping[str, Tensor]], None] = lambda config, tensors: None
+    unstated: Callable[[Mapping[str, Any]], dict[str, tuple[Any, str]]] = lambda config: {}
     foreign: Callable[[Mapping[str, Any]], str | None] = lambda config: None
     special_tokens: SpecialTokens = SpecialTokens()
 

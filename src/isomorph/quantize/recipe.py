@@ -6,7 +6,7 @@ A recipe is a default and an ordered list of rules; the last rule that matches a
     group_size = 64
 
     [[rule]]
-    roles = ["head", "v"]         # of embed q k v o gate up down head router expert
+    roles = ["head", "v"]         # of embed value_embed q k v o gate up down head router expert
     bits = 8
 
     [[rule]]

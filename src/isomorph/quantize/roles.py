@@ -7,6 +7,7 @@ import re
 #: Role -> what it is.
 ROLES = {
     "embed": "token embedding",
+    "value_embed": "a token's own values, in some of the blocks",
     "q": "attention query",
     "k": "attention key",
     "v": "attention value",

@@ -101,6 +101,13 @@ def check_dropped(config: GeluGPTConfig, tensors: Mapping[str, Tensor]) -> None:
             )
 
 
+def unstated(config: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    """eps lives in the code: the published repository brings its own, with 1e-6; a bare folder is nanochat's to run."""
+    if "rms_norm_eps" in config or "auto_map" in config:
+        return {}
+    return {"rms_norm_eps": (FLOAT32_EPS, "nanochat's; a model of the published code (1e-6) has its auto_map")}
+
+
 def foreign(config: Mapping[str, Any]) -> str | None:
     """Why a config of another model_type is half of this architecture; None when it is not."""
     mixed = sorted(OWN & set(config)) if str(config.get("model_type")).startswith("nanochat") else []
@@ -124,5 +131,6 @@ ARCHITECTURE = Architecture(
     role=role,
     folder="gelu_gpt",
     check_dropped=check_dropped,
+    unstated=unstated,
     foreign=foreign,
 )

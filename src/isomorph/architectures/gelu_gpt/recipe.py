@@ -16,11 +16,8 @@ ROLES = {
 
 
 def role(path: str) -> str | None:
-    """The role of the module or tensor at `path`, in any layout; None when it is not a matrix with one.
-
-    Value embeddings, more than half of the parameters, are embeddings too.
-    """
+    """The role of the module or tensor at `path`, in any layout; None when it is not a matrix with one."""
     parts = path.removesuffix(".weight").removesuffix(".kernel").removesuffix(".embedding").split(".")
     if "value_embeds" in parts:
-        return "embed"
+        return "value_embed"
     return ROLES.get(".".join(parts[-2:])) or ROLES.get(parts[-1])
