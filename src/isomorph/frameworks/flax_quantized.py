@@ -11,25 +11,23 @@ from flax import nnx
 from isomorph import port
 from isomorph.architectures.base import Architecture
 from isomorph.checkpoint import Checkpoint
-from isomorph.checkpoint.mlx_quantized import QuantizedModule, quantized_modules
-from isomorph.kernels.flax import PackedModule, QuantizedEmbed, QuantizedLinear
+from isomorph.checkpoint.mlx_quantized import QuantizedModule
+from isomorph.kernels.flax import PackedModule, QuantizedEmbed, QuantizedExpertLinear, QuantizedLinear
 
 
 def packed_modules(architecture: Architecture, checkpoint: Checkpoint, config: Any) -> dict[str, QuantizedModule]:
     """The quantized modules of the folder by the name of the parameter they replace in the Flax model.
 
-    Those are the matrices of `nnx.Linear` and `nnx.Embed`, and a head that is a bare matrix: a model's file lets a
-    module stand there. Other quantized weights are dequantized. Raises InputError.
+    Those are the matrices of `nnx.Linear` and `nnx.Embed`, the stacked ones of experts, and a head that is a bare
+    matrix: a model's file lets a module stand there. Other quantized weights are dequantized. Raises InputError.
     """
     if checkpoint.quantization is None:
         return {}
-    found = quantized_modules(checkpoint.tensors, checkpoint.quantization)
     reading = port.read(checkpoint, architecture, config=config, dequantize=False)
-    # A folded gain is in the head's weights; by itself it then reads as 1.
-    holders = {row.canonical[0]: name.removesuffix(".weight") for name, row in reading.rows.items()}
     packed = {}
     for name, row in port.expand(architecture.layouts[architecture.native["flax"]], reading.shapes).items():
-        entry = found.get(holders.get(row.canonical[0], ""))
+        # A folded gain is in the head's weights; by itself it then reads as 1.
+        entry = reading.module(row.canonical[0])
         replaceable = name.endswith((".kernel", ".embedding")) or architecture.role(name) == "head"
         if entry is not None and replaceable:
             packed[name] = entry
@@ -41,17 +39,21 @@ def place(model: nnx.Module, packed: Mapping[str, QuantizedModule], dtype: Any) 
     for name, entry in packed.items():
         owner, leaf = parent(model, module_path(name))
         old = getattr(owner, leaf)
-        matrix = old.kernel if isinstance(old, nnx.Linear) else old.embedding if isinstance(old, nnx.Embed) else old
-        split = matrix.get_metadata().get("out_sharding") or (None, None)
-        kind: type[PackedModule] = QuantizedEmbed if isinstance(old, nnx.Embed) else QuantizedLinear
+        matrix = old if name == module_path(name) else getattr(old, name.rpartition(".")[2])
+        *outer, rows, columns = matrix.get_metadata().get("out_sharding") or (None,) * len(entry.shape)
+        if name.endswith(".kernel"):  # [in, out]
+            rows, columns = columns, rows
+        kind: type[PackedModule] = QuantizedExpertLinear if len(entry.shape) == 3 else QuantizedLinear
+        if isinstance(old, nnx.Embed):
+            kind = QuantizedEmbed
         module = kind(
             entry.shape,
             entry.settings,
             scale_dtype=entry.scales.dtype,
             dtype=dtype,
-            split=split[::-1] if isinstance(old, nnx.Linear) else split,  # a kernel is [in, out]
+            split=(*outer, rows, columns),
         )
-        if isinstance(module, QuantizedLinear) and isinstance(old, nnx.Linear):
+        if isinstance(module, (QuantizedLinear, QuantizedExpertLinear)) and matrix is not old:
             module.bias = old.bias
         setattr(owner, leaf, module)
     return model

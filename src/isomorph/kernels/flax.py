@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from isomorph.kernels.jax import dequantize_rows, quantized_linear
+from isomorph.kernels.jax import dequantize_rows, quantized_experts_linear, quantized_linear
 from isomorph.quantize.settings import Settings
 
 
@@ -19,8 +19,9 @@ class Packed(nnx.Variable):
 class PackedModule(nnx.Module):
     """`weight` uint32 [N, K * bits / 32], `scales` and, in affine mode, `biases` [N, K / group_size]; zeros at first.
 
-    `shape` is [N, K] and `split` the mesh axes of its two, as a model's file annotates them. `dtype` computes;
-    `extension` says whether a CPU may use the C++ extension, which a sharded model cannot.
+    `shape` is [N, K], with an axis before them for experts, and `split` the mesh axes of each, as a model's file
+    annotates them. `dtype` computes; `extension` says whether a CPU may use the C++ extension, which a sharded model
+    cannot.
     """
 
     weight: Packed
@@ -34,7 +35,7 @@ class PackedModule(nnx.Module):
         *,
         scale_dtype: str = "bfloat16",
         dtype: Any = jnp.float32,
-        split: tuple[Any, Any] = (None, None),
+        split: tuple[Any, ...] = (None, None),
         extension: bool = True,
     ) -> None:
         self.settings = settings
@@ -47,10 +48,12 @@ class PackedModule(nnx.Module):
         biases = self.biases[...] if self.settings.affine else None
         return self.weight[...], self.scales[...], biases
 
+    def format(self) -> tuple[int, int, str]:
+        return self.settings.bits, self.settings.group_size, self.settings.mode
+
     def multiply(self, x: jax.Array) -> jax.Array:
         """`x [..., K] @ w.T -> [..., N]`."""
-        settings = self.settings.bits, self.settings.group_size, self.settings.mode
-        return quantized_linear(x.astype(self.dtype), *self.packed(), *settings, self.extension)
+        return quantized_linear(x.astype(self.dtype), *self.packed(), *self.format(), self.extension)
 
 
 class QuantizedLinear(PackedModule):
@@ -63,13 +66,21 @@ class QuantizedLinear(PackedModule):
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
+class QuantizedExpertLinear(PackedModule):
+    """Row i of `x [M, K]` times the matrix [N, K] of expert `experts[i]`, plus its bias: [M, N]."""
+
+    bias: nnx.Param | None = None
+
+    def __call__(self, x: jax.Array, experts: jax.Array) -> jax.Array:
+        y = quantized_experts_linear(x.astype(self.dtype), *self.packed(), experts, *self.format(), self.extension)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)[experts]
+
+
 class QuantizedEmbed(PackedModule):
     """`ids [...] -> rows [..., K]`; `attend` is the tied head."""
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        settings = self.settings.bits, self.settings.group_size, self.settings.mode
-        weight, scales, biases = self.packed()
-        return dequantize_rows(weight, scales, biases, ids, *settings, dtype=self.dtype)
+        return dequantize_rows(*self.packed(), ids, *self.format(), dtype=self.dtype)
 
     def attend(self, x: jax.Array) -> jax.Array:
         """`x [..., K] -> logits [..., N]`."""

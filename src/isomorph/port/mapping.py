@@ -71,6 +71,23 @@ class Reading:
                 parts = [self.canonical(name, dtype) for name in row.canonical]
                 yield TRANSFORMS[row.transform].from_canonical(row.name, parts)
 
+    def module(self, name: str) -> QuantizedModule | None:
+        """The packed form of the canonical matrix `name`, None where it is not packed. A gain stays folded in."""
+        holder = self._holder[name]
+        entry, transform = self.packed.get(holder.name), TRANSFORMS[holder.transform]
+        if entry is None or (not transform.moves_rows and name != holder.canonical[0]):
+            return None
+        if len(holder.canonical) == 1 or not transform.moves_rows:
+            return entry
+
+        def own(part: Tensor) -> Tensor:
+            pieces = transform.to_canonical(part, holder.canonical, self.folder)
+            return next(piece for piece in pieces if piece.name == name)
+
+        biases = None if entry.biases is None else own(entry.biases)
+        path = name.removesuffix(".weight")
+        return replace(entry, path=path, weight=own(entry.weight), scales=own(entry.scales), biases=biases)
+
     def keeps(self, layout: Layout) -> bool:
         """Whether `layout` stores every packed module as this one does, so that its memory stays mapped."""
         return all(self._alike(row) for row in expand(layout, self.shapes).values() if self._is_packed(row))
@@ -110,12 +127,7 @@ class Reading:
             if alike := self._alike(row):
                 yield getattr(self.packed[alike.name], part).renamed(path + part)
                 continue
-            pieces = []
-            for name in row.canonical:
-                holder = self._holder[name]
-                stored = getattr(self.packed[holder.name], part)
-                found = TRANSFORMS[holder.transform].to_canonical(stored, holder.canonical, self.folder)
-                pieces.append(next(piece for piece in found if piece.name == name))
+            pieces = [getattr(self.module(name), part) for name in row.canonical]
             yield TRANSFORMS[row.transform].from_canonical(path + part, pieces)
 
     def sidecars(self, layout: Layout, dtype: str | None = None) -> dict[str, Path | Callable[[Path], None]]:
