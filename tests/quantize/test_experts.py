@@ -153,7 +153,7 @@ def test_gpt_oss_from_floats(shared, tmp_path):
     bias = own.tensors[f"{experts}.up_proj.bias"].read()
     assert np.array_equal(bias, floats[f"{experts}.gate_up_proj_bias"][:, 1::2])
     mlx_lm = pytest.importorskip("mlx_lm.utils")
-    assert mlx_lm.load_model(tmp_path / "own")[0] is not None
+    assert mlx_lm.load_model(tmp_path / "own", trust_remote_code=True)[0] is not None
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "dbrx"])

@@ -6,6 +6,7 @@ A quantized module `path` is stored as `path.weight` (packed words), `path.scale
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -45,27 +46,32 @@ class QuantizedModule:
             f"{self.path}.weight",
             self.shape,
             dtype,
-            read=lambda: self._values(slice(None), dtype),
-            stream=lambda: self._stream(dtype),
+            read=lambda: dequantize_array(self.read(), self.settings, NUMPY_DTYPES[dtype]),
+            stream=lambda: (dequantize_array(part, self.settings, NUMPY_DTYPES[dtype]) for part in self.blocks()),
         )
 
-    def _stream(self, dtype: str) -> Iterator[np.ndarray]:
-        row_bytes = NUMPY_DTYPES[dtype].itemsize * int(np.prod(self.shape[1:]))
-        rows = max(1, BLOCK_BYTES // max(1, row_bytes))
-        for start in range(0, self.shape[0], rows):
-            yield self._values(slice(start, start + rows), dtype)
+    def read(self) -> Packed:
+        """The packed parts. Raises InputError for scales or biases that are not finite."""
+        return Packed(self.weight.read(), *self._companions())
 
-    def read(self, rows: slice = slice(None)) -> Packed:
-        """The packed parts, of some rows. Raises InputError for scales or biases that are not finite."""
-        scales = self.scales.read()[rows]
-        biases = None if self.biases is None else self.biases.read()[rows]
+    def blocks(self) -> Iterator[Packed]:
+        """The packed parts as runs of rows that stand for about a block of floats."""
+        scales, biases = self._companions()
+        size = max(1, BLOCK_BYTES // (2 * math.prod(self.shape[1:])))
+        done = 0
+        for words in self.weight.blocks():
+            for start in range(0, len(words), size):
+                part = words[start : start + size]
+                rows = slice(done, done + len(part))
+                yield Packed(part, scales[rows], None if biases is None else biases[rows])
+                done = rows.stop
+
+    def _companions(self) -> tuple[np.ndarray, np.ndarray | None]:
+        scales, biases = self.scales.read(), None if self.biases is None else self.biases.read()
         self._check_finite("scales", scales)
         if biases is not None:
             self._check_finite("biases", biases)
-        return Packed(self.weight.read()[rows], scales, biases)
-
-    def _values(self, rows: slice, dtype: str) -> np.ndarray:
-        return dequantize_array(self.read(rows), self.settings, NUMPY_DTYPES[dtype])
+        return scales, biases
 
     def _check_finite(self, part: str, values: np.ndarray) -> None:
         if values.dtype == np.uint8:

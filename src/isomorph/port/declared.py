@@ -20,7 +20,8 @@ from isomorph.quantize.settings import Settings
 def declared(checkpoint: Checkpoint, architecture: Architecture, config: Any) -> Checkpoint:
     """`checkpoint`, which holds no weights, with the tensors its config promises; reading one raises InputError."""
     layout = architecture.layouts[architecture.detect(checkpoint)]
-    dtype = declared_dtype(checkpoint.config or {}) or "float32"
+    # The published MXFP4 files say nothing of what is not in that format: it is bfloat16.
+    dtype = declared_dtype(checkpoint.config or {}) or ("bfloat16" if layout.never_floats else "float32")
     values = dict(checkpoint.config or {})
     if layout.never_floats:
         values["quantization"] = mxfp4.MXFP4.to_dict()

@@ -44,12 +44,10 @@ def as_mlx_lm_holds_them(tensors: Mapping[str, Tensor], config: Mapping[str, Any
             f"expected an architecture whose matrices mlx-lm takes as Transformers stores them; found {model_type!r}, "
             "whose it rearranges; run mlx_lm.convert without -q first and quantize its result"
         )
-    if model_type == "gpt_oss":
-        return _parted(tensors, _from_interleaved)
     if model_type not in STACKED:
         return dict(tensors)
     if any(_ALL.fullmatch(name) for name in tensors):
-        parted = _parted(tensors, _from_halves)
+        parted = _parted(tensors)
         return {name.replace(".experts.", ".switch_mlp."): tensor for name, tensor in parted.items()}
     return _stacked(tensors)
 
@@ -84,7 +82,7 @@ def _stack(name: str, parts: Mapping[int, Tensor]) -> Tensor:
     )
 
 
-def _parted(tensors: Mapping[str, Tensor], part: Callable[[int, np.ndarray], np.ndarray]) -> dict[str, Tensor]:
+def _parted(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Transformers' joined `gate_up_proj` as two; each projection as `.weight` [E, N, K] and perhaps `.bias` [E, N]."""
     result: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -96,7 +94,7 @@ def _parted(tensors: Mapping[str, Tensor], part: Callable[[int, np.ndarray], np.
         names = ("gate_proj", "up_proj") if match[2] == "gate_up_proj" else ("down_proj",)
         for index, projection in enumerate(names):
             path = f"{match[1]}.{projection}.{kind}"
-            result[path] = _expert_by_expert(path, tensor, partial(part, -1 if len(names) == 1 else index))
+            result[path] = _expert_by_expert(path, tensor, partial(_half, -1 if len(names) == 1 else index))
     return result
 
 
@@ -112,12 +110,6 @@ def _expert_by_expert(name: str, tensor: Tensor, function: Callable[[np.ndarray]
     return Tensor(name, (tensor.shape[0], *shape), tensor.dtype, read, stream)
 
 
-def _from_interleaved(place: int, value: np.ndarray) -> np.ndarray:
-    """gpt-oss: [K, 2N] with gate and up in turns (biases [2N]); `place` -1 takes all."""
-    own = value if place < 0 else value[..., place::2]
-    return own.T
-
-
-def _from_halves(place: int, value: np.ndarray) -> np.ndarray:
-    """The others: [2N, K], gate before up."""
+def _half(place: int, value: np.ndarray) -> np.ndarray:
+    """[2N, K], gate before up; `place` -1 takes all."""
     return value if place < 0 else np.split(value, 2)[place]

@@ -45,6 +45,13 @@ RECIPES: dict[str, Recipe] = {
                 Rule(False, roles=("embed",)),
             ),
         ),
+        Recipe(
+            "lossless",
+            "what lies on a grid stays on it, exactly and as cheaply as can be; the rest and routers 8-bit",
+            bits=8,
+            rules=(ROUTER,),
+            exact=True,
+        ),
         _mixed("mixed_2_6", 2, 6),
         _mixed("mixed_3_4", 3, 4),
         _mixed("mixed_3_6", 3, 6),

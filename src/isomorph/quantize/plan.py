@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from isomorph.checkpoint.tensor import FLOATING, Tensor
 from isomorph.errors import InputError
+from isomorph.quantize.grid import INTEGERS, holds
 from isomorph.quantize.recipe import Recipe
 from isomorph.quantize.roles import block_of
 from isomorph.quantize.settings import Settings
+
+if TYPE_CHECKING:
+    from isomorph.checkpoint.mlx_quantized import QuantizedModule
 
 RoleOf = Callable[[str], str | None]
 
@@ -20,7 +24,11 @@ BARE = "a bare parameter, not a module's weight"
 
 @dataclass(frozen=True)
 class Decision:
-    """What one matrix gets: `settings`, or None and the `reason` it stays as it is; `kept` when a recipe said so."""
+    """What one matrix gets: `settings`, or None and the `reason` it stays as it is; `kept` when a recipe said so.
+
+    `packed` is where it comes from when the source is quantized; `grid` what its weights lie on already, where known;
+    `exact` says that it is stored without any error.
+    """
 
     path: str
     role: str | None
@@ -28,6 +36,9 @@ class Decision:
     settings: Settings | None
     reason: str = ""
     kept: bool = False
+    packed: QuantizedModule | None = None
+    grid: Settings | None = None
+    exact: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -77,11 +88,16 @@ def make_plan(
     default: Settings,
     role_of: RoleOf,
     is_bare: Callable[[str], bool] = lambda name: False,
+    packed: Mapping[str, QuantizedModule] | None = None,
+    grid_of: Callable[[Tensor], Settings | None] = lambda tensor: None,
+    requantize: bool = False,
 ) -> Plan:
     """Decide for each of `tensors`, named as the target has them. Raises InputError when the recipe cannot be kept to.
 
     A module's `X.weight` of two dimensions (three for stacked experts) is a matrix; norms and bare parameters are not.
-    `is_bare` tells which names end like a module's weight and are parameters.
+    `is_bare` tells which names end like a module's weight and are parameters. `packed` are the modules of a quantized
+    source by their weight's name; `grid_of` tells the grid of a matrix. What the settings can hold exactly is
+    stored so; with `requantize` only what stays on its grid.
     """
     tensors = list(tensors)
     matrices = [tensor for tensor in tensors if _is_matrix(tensor, role_of) and not is_bare(tensor.name)]
@@ -90,7 +106,16 @@ def make_plan(
     decisions, rest = [], []
     for tensor in tensors:
         if tensor.name in paths:
-            decisions.append(_decide(paths[tensor.name], tensor, recipe, default, block_count, role_of))
+            role = role_of(paths[tensor.name])
+            decision = Decision(
+                paths[tensor.name],
+                role,
+                tensor,
+                None,
+                packed=(packed or {}).get(tensor.name),
+                grid=grid_of(tensor),
+            )
+            decisions.append(_decided(decision, recipe, default, block_count, requantize))
         elif len(tensor.shape) > 1 and tensor.dtype in FLOATING:
             reason = BARE if is_bare(tensor.name) else _why_not(tensor)
             role = role_of(tensor.name.removesuffix(".weight"))
@@ -107,17 +132,21 @@ def make_plan(
     return Plan(default, decisions, rest, recipe.explicit)
 
 
-def _decide(
-    path: str, tensor: Tensor, recipe: Recipe, default: Settings, block_count: int, role_of: RoleOf
-) -> Decision:
-    role = role_of(path)
-    settings = recipe.choose(path, role, tensor.shape, default, block_count)
+def _decided(decision: Decision, recipe: Recipe, default: Settings, block_count: int, requantize: bool) -> Decision:
+    """What stays as it is stays packed where the source has it so."""
+    tensor, grid = decision.tensor, decision.grid
+    own = decision.packed.settings if decision.packed is not None else None
+    settings = recipe.choose(decision.path, decision.role, tensor.shape, default, block_count, grid)
     if settings is None:
-        return Decision(path, role, tensor, None, "the recipe keeps it", kept=True)
+        return replace(decision, settings=own, reason="the recipe keeps it", kept=own is None, exact=True)
     if not settings.fits(tensor.shape[-1]):
         reason = f"{tensor.shape[-1]} columns do not divide into groups of {settings.group_size}"
-        return Decision(path, role, tensor, None, reason)
-    return Decision(path, role, tensor, settings)
+        return replace(decision, settings=own, reason=reason, exact=True)
+    exact = settings in (own, grid) or (not requantize and grid is not None and holds(grid, settings))
+    if exact and grid in INTEGERS and own is None:
+        # Their scales times whole numbers need more bits than 16-bit floats have.
+        tensor = tensor.cast("float32")
+    return replace(decision, tensor=tensor, settings=settings, exact=exact)
 
 
 def _is_matrix(tensor: Tensor, role_of: RoleOf) -> bool:
@@ -133,6 +162,8 @@ def _is_norm(name: str) -> bool:
 
 
 def _why_not(tensor: Tensor) -> str:
+    if tensor.name.endswith("bias"):
+        return "biases"
     if not tensor.name.endswith(".weight"):
         return BARE
     if math.prod(tensor.shape) == 0:

@@ -19,6 +19,9 @@ A recipe is a default and an ordered list of rules; the last rule that matches a
     roles = "embed"
     keep = true                   # not quantized
 
+With `exact = true` beside the defaults, what lies on a grid already (see `isomorph.quantize.grid`) gets its cheapest
+exact form instead of what the rules say.
+
 As a dictionary: `{"head": 8, "blocks.14.*": {"bits": 6, "group_size": 32}, "embed": False}`, keys being roles or
 patterns. As a function: `(path, role, shape) -> bits | dict | False`, or True (or None) for the default.
 """
@@ -44,7 +47,7 @@ RecipeFunction = Callable[[str, str | None, tuple[int, ...]], Choice]
 _RANGE = re.compile(r"(-?\d+)(?:-(-?\d+))?")
 
 _RULE_KEYS = ("roles", "blocks", "match", "bits", "group_size", "mode", "keep")
-_RECIPE_KEYS = ("name", "description", "bits", "group_size", "mode", "rule")
+_RECIPE_KEYS = ("name", "description", "bits", "group_size", "mode", "exact", "rule")
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,8 @@ class Rule:
 class Recipe:
     """Defaults (None: the caller's), rules, or a function in their place, and overrides, which have the last word.
 
-    `explicit` writes the settings of every module into config.json, also those that are the default.
+    `exact` lets what lies on a grid stay on it, whatever the rules say. `explicit` writes the settings of every module
+    into config.json, also those that are the default.
     """
 
     name: str = ""
@@ -79,15 +83,27 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
     function: RecipeFunction | None = None
     overrides: tuple[Rule, ...] = ()
+    exact: bool = False
     explicit: bool = False
 
     def choose(
-        self, path: str, role: str | None, shape: tuple[int, ...], default: Settings, block_count: int
+        self,
+        path: str,
+        role: str | None,
+        shape: tuple[int, ...],
+        default: Settings,
+        block_count: int,
+        grid: Settings | None = None,
     ) -> Settings | None:
-        """The settings of one matrix, None when it is kept as it is. Raises InputError for an impossible choice."""
+        """The settings of one matrix, None when it is kept as it is; `grid` is what it lies on already.
+
+        Raises InputError for an impossible choice.
+        """
         choice = _last(self.rules, path, role, block_count, True)
         if self.function is not None:
             choice = self.function(path, role, shape)
+        if self.exact and grid is not None:
+            choice = grid.to_dict()
         choice = _last(self.overrides, path, role, block_count, choice)
         try:
             return settings_of(choice, default)
@@ -190,6 +206,8 @@ def _recipe(document: Mapping[str, Any], name: str) -> Recipe:
         raise InputError("expected rules as [[rule]] tables; found something else")
     bits, group_size, mode = (document.get(key) for key in ("bits", "group_size", "mode"))
     Settings.of(bits, group_size, mode or "affine")
+    if type(exact := document.get("exact", False)) is not bool:
+        raise InputError(f"expected exact as true or false; found {exact!r}")
     return Recipe(
         str(document.get("name", name)),
         str(document.get("description", "")),
@@ -197,6 +215,7 @@ def _recipe(document: Mapping[str, Any], name: str) -> Recipe:
         group_size,
         mode,
         tuple(_rule(rule, number) for number, rule in enumerate(rules, 1)),
+        exact=exact,
     )
 
 

@@ -24,6 +24,9 @@ def lines(result: Quantized) -> list[str]:
     for how, modules in alike.items():
         total = size(sum(module.nbytes for module in modules))
         text.append(f"  {how}: {len(modules)} matrices, {total} ({_which(modules)})")
+    if result.others:
+        kinds = ", ".join(f"{name} {dtype}" for name, dtype in result.others.items())
+        text.append(f"  as they are: {kinds}")
     if result.loss is not None:
         loss = result.loss
         against = "the quantized source" if result.requantized else "the source"
@@ -37,7 +40,8 @@ def lines(result: Quantized) -> list[str]:
 def _how(module: Module) -> str:
     if module.bits is None:
         return f"not quantized, {module.reason}"
-    return f"{module.bits}-bit {module.mode}, groups of {module.group_size}"
+    how = f"{module.bits}-bit {module.mode}, groups of {module.group_size}"
+    return f"{how}, exactly what they were ({module.grid})" if module.exact else how
 
 
 def _which(modules: list[Module]) -> str:

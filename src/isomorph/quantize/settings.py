@@ -68,6 +68,9 @@ class Settings:
         sizes = {"uint32": 4, "uint8": 1, **_FLOAT_BYTES}
         return sum(math.prod(part) * sizes[kind] for part, kind in self.parts(shape, dtype).values())
 
+    def __str__(self) -> str:
+        return f"{self.bits}-bit {self.mode} in groups of {self.group_size}"
+
     def to_dict(self) -> dict[str, Any]:
         """As config.json has it."""
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}

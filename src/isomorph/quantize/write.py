@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -11,7 +12,7 @@ from typing import Any
 from isomorph import __version__, architectures
 from isomorph.architectures.base import Architecture
 from isomorph.checkpoint.container import MAX_SHARD_BYTES, safetensors_files
-from isomorph.checkpoint.mlx_quantized import CONFIG_KEYS, is_quantized
+from isomorph.checkpoint.mlx_quantized import CONFIG_KEYS, QuantizedModule, quantized_modules
 from isomorph.checkpoint.source import Checkpoint, open_checkpoint
 from isomorph.checkpoint.target import check_target
 from isomorph.checkpoint.tensor import Tensor
@@ -21,8 +22,11 @@ from isomorph.convert import Plan as ConversionPlan
 from isomorph.errors import InputError, did_you_mean
 from isomorph.port import stock
 from isomorph.port.transforms import TRANSFORMS
+from isomorph.quantize.arrays import quantize_array
 from isomorph.quantize.experts import as_mlx_lm_holds_them
-from isomorph.quantize.plan import Plan, make_plan
+from isomorph.quantize.grid import grid_of, grid_of_packed
+from isomorph.quantize.packed import Loss
+from isomorph.quantize.plan import Decision, Plan, make_plan
 from isomorph.quantize.recipe import Recipe, RecipeFunction, read_recipe, set_rule
 from isomorph.quantize.roles import stock_role
 from isomorph.quantize.settings import Settings
@@ -35,7 +39,10 @@ METHODS = ("affine",)
 
 @dataclass(frozen=True)
 class Module:
-    """One matrix of the plan; `bits` None means that it stays as it is, for the `reason` given."""
+    """One matrix of the plan; `bits` None means that it stays as it is, for the `reason` given.
+
+    `grid` is the mode of what its weights lie on already; `exact` says that they are stored without any error.
+    """
 
     path: str
     role: str | None
@@ -45,6 +52,8 @@ class Module:
     mode: str | None
     nbytes: int
     reason: str
+    grid: str | None = None
+    exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,10 @@ class QuantizationLoss:
 
 @dataclass(frozen=True)
 class Quantized:
-    """What `quantize` wrote, or would write. `payload_bytes` are all tensors, headers and JSON aside."""
+    """What `quantize` wrote, or would write. `payload_bytes` are all tensors, headers and JSON aside.
+
+    `others` maps what is no matrix, by name with `*` for the blocks, to its dtype.
+    """
 
     source: Path
     path: Path
@@ -78,6 +90,7 @@ class Quantized:
     payload_bytes: int
     bits_per_weight: float
     plan: list[Module]
+    others: dict[str, str] = field(default_factory=dict)
     requantized: bool = False
     loss: QuantizationLoss | None = None
     files: list[str] = field(default_factory=list)
@@ -117,8 +130,9 @@ def quantize(
     `dtype`, or to config.json's `torch_dtype`, as mlx-lm does.
 
     Weights stream through in blocks; an interrupted call, repeated, goes on where it stopped, and the target appears
-    only when it is complete. A quantized source is refused unless `requantize`. `dry_run` reads headers only and works
-    on a folder that holds only a config.json. Raises InputError.
+    only when it is complete. What lies on a grid already, packed or as floats, is stored exactly where the settings can
+    hold it, and refused where they cannot; `requantize` rounds it. `dry_run` reads headers only (weights too for a
+    recipe that looks for grids) and works on a folder that holds only a config.json. Raises InputError.
     """
     if method not in METHODS:
         raise InputError(f"expected a method of {', '.join(METHODS)}; found {method!r}{did_you_mean(method, METHODS)}")
@@ -135,14 +149,14 @@ def quantize(
     )
     destination = check_target(target, force or dry_run, [checkpoint.path])
     architecture = architectures.find(checkpoint)
-    quantized_source = checkpoint.quantization is not None or is_quantized(checkpoint.tensors)
-    if quantized_source and not requantize:
-        raise InputError(
-            f"expected unquantized weights in {checkpoint.path}; found {_described(checkpoint)}; start from the "
-            "original, or add --requantize, which adds error to error"
-        )
-    base, role_of = _base(checkpoint, architecture, layout, dtype or _stated_dtype(checkpoint))
-    plan = make_plan(base.tensors, chosen, default, role_of, partial(is_bare, model_type))
+    base, role_of, packed = _base(checkpoint, architecture, layout, dtype or _stated_dtype(checkpoint))
+    looks = chosen.exact or not (dry_run or requantize)
+    grids = partial(_grid, packed=packed, looks=looks and checkpoint.kind != "config")
+    bare = partial(is_bare, model_type)
+    plan = make_plan(base.tensors, chosen, default, role_of, bare, packed, grids, requantize)
+    rounded_again = [decision for decision in plan.decisions if decision.grid and not decision.exact]
+    if rounded_again and not (requantize or dry_run):
+        raise _refusal(rounded_again[0])
     entry = plan.quantization()
     configuration = {**base.config, **dict.fromkeys(CONFIG_KEYS, entry)}
     streams, tensors = _streams(plan)
@@ -161,7 +175,8 @@ def quantize(
         payload_bytes=plan.payload_bytes,
         bits_per_weight=plan.bits_per_weight,
         plan=_modules(plan),
-        requantized=quantized_source,
+        others={re.sub(r"\.\d+\.", ".*.", tensor.name): tensor.dtype for tensor in plan.rest},
+        requantized=bool(rounded_again),
     )
     if dry_run:
         return result(files=[file.name for file in weights] + list(base.files), dry_run=True)
@@ -176,11 +191,24 @@ def quantize(
     return result(files=sorted(file.name for file in destination.iterdir()), loss=_loss(streams))
 
 
-def _described(checkpoint: Checkpoint) -> str:
-    entry = checkpoint.quantization or {}
-    if "bits" not in entry:
-        return "quantized ones"
-    return f"{entry['bits']}-bit ones in groups of {entry.get('group_size')}"
+def _grid(tensor: Tensor, packed: Mapping[str, QuantizedModule], looks: bool) -> Settings | None:
+    """What a matrix lies on already; floats are only read when the caller `looks`."""
+    module = packed.get(tensor.name)
+    if module is not None:
+        return grid_of_packed(module.settings, module.blocks() if looks else ())
+    return grid_of(tensor) if looks else None
+
+
+def _refusal(decision: Decision) -> InputError:
+    """Why one matrix is not rounded from one grid to another, with what that would lose on its first rows."""
+    assert decision.grid is not None and decision.settings is not None
+    loss = Loss()
+    quantize_array(next(iter(decision.tensor.blocks())), decision.settings, loss)
+    return InputError(
+        f"expected settings that hold {decision.path}, {decision.grid} already, without error; found "
+        f"{decision.settings}, which loses {loss.relative_rms:.2%} (relative RMS on its first rows); "
+        "take --recipe lossless, start from the original, or add --requantize"
+    )
 
 
 def _stated_dtype(checkpoint: Checkpoint) -> str | None:
@@ -190,20 +218,44 @@ def _stated_dtype(checkpoint: Checkpoint) -> str | None:
 
 def _base(
     checkpoint: Checkpoint, architecture: Architecture | None, layout: str | None, dtype: str | None
-) -> tuple[ConversionPlan, Callable[[str], str | None]]:
-    """The unquantized plan of the target, and what tells roles."""
+) -> tuple[ConversionPlan, Callable[[str], str | None], dict[str, QuantizedModule]]:
+    """The target's plan with all weights as floats, what tells roles, and the packed modules behind some of them."""
     if architecture is not None:
-        name = layout or architecture.native["mlx"]
-        return own_plan(checkpoint, architecture, "mlx", name, dtype, True), architecture.role
+        plan = own_plan(checkpoint, architecture, "mlx", layout or architecture.native["mlx"], dtype, False)
+        tensors, packed = _as_floats(plan.tensors, plan.config.get("quantization"), dtype or plan.config["dtype"])
+        return replace(plan, tensors=tensors), architecture.role, packed
     if not checkpoint.tensors:
         checkpoint = stock.declared(checkpoint)
-    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if not _computed(name, checkpoint)}
-    plan = stock_plan(replace(checkpoint, tensors=tensors), "mlx", layout, dtype, True)
+    stored = [tensor for name, tensor in checkpoint.tensors.items() if not _computed(name, checkpoint)]
+    tensors, packed = _as_floats(stored, checkpoint.quantization, dtype)
+    config = {key: value for key, value in (checkpoint.config or {}).items() if key not in CONFIG_KEYS}
+    floats = replace(checkpoint, config=config, tensors={tensor.name: tensor for tensor in tensors})
+    plan = stock_plan(floats, "mlx", layout, dtype, True)
     if plan.layout == "transformers":
         held = as_mlx_lm_holds_them({tensor.name: tensor for tensor in plan.tensors}, plan.config)
-        layout = "transformers" if held.keys() == tensors.keys() else "mlx-lm"
+        layout = "transformers" if held.keys() == floats.tensors.keys() else "mlx-lm"
         plan = replace(plan, layout=layout, tensors=[tensor.renamed(name) for name, tensor in held.items()])
-    return plan, stock_role
+    return plan, stock_role, packed
+
+
+def _as_floats(
+    tensors: Sequence[Tensor], quantization: Mapping[str, Any] | None, dtype: str | None
+) -> tuple[list[Tensor], dict[str, QuantizedModule]]:
+    """`tensors` with packed modules as lazy floats, and those modules by their weight's name.
+
+    Codes with powers of two have no dtype of their own: they become `dtype`, unless its range is too small for them.
+    """
+    by_name = {tensor.name: tensor for tensor in tensors}
+    modules = quantized_modules(by_name, quantization)
+    packed = {module.weight.name: module for module in modules.values()}
+    companions = {part.name for module in modules.values() for part in (module.scales, module.biases) if part}
+    wide = "bfloat16" if dtype in (None, "float16") else dtype
+    floats = [
+        packed[name].dequantized(None if packed[name].settings.affine else wide) if name in packed else tensor
+        for name, tensor in by_name.items()
+        if name not in companions
+    ]
+    return floats, packed
 
 
 def _computed(name: str, checkpoint: Checkpoint) -> bool:
@@ -214,17 +266,20 @@ def _computed(name: str, checkpoint: Checkpoint) -> bool:
 
 
 def _streams(plan: Plan) -> tuple[list[QuantizedStream], list[Tensor]]:
-    """Each quantized matrix as a stream, and all tensors in the order they are written.
+    """Each matrix to pack as a stream, and all tensors in the order they are written.
 
     Whole cache lines go first and odd sizes last, so that packed words lie aligned in the file.
     """
     streams = []
     groups = [[tensor] for tensor in plan.rest]
     for decision in plan.decisions:
+        packed = decision.packed
         if decision.settings is None:
             groups.append([decision.tensor])
+        elif packed is not None and packed.settings == decision.settings:
+            groups.append([part for part in (packed.weight, packed.scales, packed.biases) if part is not None])
         else:
-            streams.append(QuantizedStream(decision.path, decision.tensor, decision.settings))
+            streams.append(QuantizedStream(decision))
             groups.append(streams[-1].parts())
     groups.sort(key=lambda group: next((i for i, unit in enumerate((64, 8, 4)) if _divides(unit, group)), 3))
     return streams, [tensor for group in groups for tensor in group]
@@ -245,13 +300,15 @@ def _modules(plan: Plan) -> list[Module]:
             mode=decision.settings.mode if decision.settings else None,
             nbytes=decision.nbytes,
             reason=decision.reason,
+            grid=decision.grid.mode if decision.grid else None,
+            exact=decision.exact,
         )
         for decision in plan.decisions
     ]
 
 
 def _loss(streams: Sequence[QuantizedStream]) -> QuantizationLoss | None:
-    measured = {stream.path: stream.loss.relative_rms for stream in streams if stream.loss is not None}
+    measured = {stream.decision.path: stream.loss.relative_rms for stream in streams if stream.loss is not None}
     if not measured:
         return None
     worst = max(measured, key=lambda path: measured[path])

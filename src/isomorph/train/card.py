@@ -17,7 +17,7 @@ tags: [{architecture}, isomorph]
 ---
 # {architecture}, {parameters:.1f} million parameters
 
-Trained from nothing by `isomorph train` (JAX) on {data}. bfloat16, layout `transformers`.
+Trained from nothing by `isomorph train` (JAX) on {data}. {form}.
 
 | | |
 |---|---|
@@ -31,6 +31,10 @@ Trained from nothing by `isomorph train` (JAX) on {data}. bfloat16, layout `tran
 
 ![loss](training_loss.png)
 """
+
+#: How weights that were trained through rounding are stored.
+PACKED = """bfloat16, experts in MXFP4 in the
+layout `published`: all of the training saw them rounded so, and gradients passed straight through"""
 
 HELD_OUT = """
 On {tokens} held-out tokens ({size} bytes of text never trained on), with the weights as they are here:
@@ -106,6 +110,7 @@ def model_card(
         architecture=settings["architecture"],
         parameters=parameters / 1e6,
         data=data,
+        form=PACKED if settings["text"]["mxfp4"] else "bfloat16, layout `transformers`",
         seeds=seeds_table(seeds),
         shape="\n".join(f"| {key} | {value} |" for key, value in settings["config"].items()),
         stages="\n".join(stages),

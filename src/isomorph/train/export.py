@@ -1,4 +1,7 @@
-"""From trained parameters to a model folder: bfloat16 in the Transformers layout, with its card and its record."""
+"""From trained parameters to a model folder: bfloat16 in the Transformers layout, with its card and its record.
+
+Parameters trained through MXFP4 rounding are stored in that format, which changes none of them.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,14 @@ from safetensors.flax import save_file
 from isomorph.architectures.base import Architecture
 from isomorph.convert import convert
 from isomorph.frameworks.nnx_parameters import split
+from isomorph.quantize.recipe import Recipe, Rule
+from isomorph.quantize.write import quantize
 from isomorph.train.card import model_card
 from isomorph.train.metrics import plot, read_metrics
 from isomorph.train.stream import Source
+
+#: What was rounded in training is packed as it lies; nothing else is.
+ROUNDED = Recipe("rounded in training", rules=(Rule(False),), exact=True)
 
 #: Lines of the record that the folder carries; the whole of it stays with the run.
 RECORD_LINES = 400
@@ -51,7 +59,10 @@ def export(
     for file in tokenizer:
         (flax / file.name).write_bytes(file.read_bytes())
     target = out / "model"
-    convert(flax, target, to="transformers", force=True)
+    settings = json.loads((out / "settings.json").read_text())
+    if settings["text"]["mxfp4"] is not None:
+        quantize(flax, out / "packed", recipe=ROUNDED, force=True)
+    convert(out / "packed" if settings["text"]["mxfp4"] else flax, target, to="transformers", force=True)
     if tokenizer[0].name == "vocab.txt":
         (target / "vocab.txt").write_bytes(tokenizer[0].read_bytes())
     records = [*read_metrics(out / "text" / "metrics.jsonl"), *read_metrics(out / "chat" / "metrics.jsonl")]
@@ -69,7 +80,6 @@ def export(
             writer.writeheader()
             writer.writerows(books)
     count = sum(value.size for value in parameters.values())
-    settings = json.loads((out / "settings.json").read_text())
     (target / "README.md").write_text(model_card(settings, records, measured, books, count, seeds, source))
     return measured
 
