@@ -103,7 +103,8 @@ def stock_result(
 
     model, config = load_model(source, lazy=True)
     dtype = getattr(mx, config["torch_dtype"])
-    model.update(tree_map(lambda value: value.astype(dtype), model.parameters()))
+    cast = lambda value: value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) else value
+    model.update(tree_map(cast, model.parameters()))
     settings = {"group_size": None, "bits": None, **options}
     if recipe is not None:
         settings["quant_predicate"] = mixed_quant_predicate_builder(recipe, model, settings["group_size"] or 64)
