@@ -1,26 +1,24 @@
 // AVX-512 with VBMI, VNNI and BF16: Zen 4 and later, Sapphire Rapids and later.
-#if defined(__AVX512F__) && defined(__AVX512VBMI__) && defined(__AVX512VNNI__) && defined(__AVX512BF16__)
+#include "avx512.h"
 
-#include "avx512_exact.h"
-#include "avx512_fast.h"
-#include "avx512_wide.h"
+#ifdef ISOMORPH_AVX512
 
 namespace isomorph {
 namespace {
 
 // Up to here the weights are streamed and decoded in registers; beyond, decoding into panels pays.
-constexpr int64_t kFewExact = 16, kFewFast = 2;
+constexpr int64_t kFew = 16;
 
 // Intel runs vdpbf16ps at a quarter of the rate of fp32 multiply-adds, AMD at the same.
 const bool kBfloat16Pays = !__builtin_cpu_is("intel");
 
 void multiply(const Weights& w, const Rows& rows, bool fast) {
   if (fast && (w.mode == Mode::affine || w.mode == Mode::mxfp4))
-    return rows.count <= kFewFast ? few_fast(w, rows) : wide_int8(w, rows);
-  if (rows.count <= kFewExact) return few_exact(w, rows);
+    return rows.count <= kFew ? avx512::few_fast(w, rows) : avx512::wide_int8(w, rows);
+  if (rows.count <= kFew) return avx512::few_exact(w, rows);
   const bool codes_fit = w.mode == Mode::affine || w.mode == Mode::mxfp4;
-  if (kBfloat16Pays && codes_fit && rows.x_type == Type::bfloat16) wide_bfloat16(w, rows);
-  else wide_float32(w, rows);
+  if (kBfloat16Pays && codes_fit && rows.x_type == Type::bfloat16) avx512::wide_bfloat16(w, rows);
+  else avx512::wide_float32(w, rows);
 }
 
 void dequantize(const Weights& w, const int64_t* indices, int64_t count, void* out, Type type) {
@@ -32,7 +30,7 @@ uint64_t read(const uint8_t* p, int64_t bytes) { return avx2_backend()->read(p, 
 }  // namespace
 
 const Backend* avx512_backend() {
-  static const Backend backend{"avx512", multiply, multiply_bfloat16, dequantize, read, true};
+  static const Backend backend{"avx512", multiply, avx512::multiply_bfloat16, dequantize, read, true};
   static const bool supported =
       avx2_backend() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi") &&

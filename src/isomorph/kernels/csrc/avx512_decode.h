@@ -118,6 +118,7 @@ struct TableWeights : Unit<bits, group> {
     elements = _mm512_loadu_ps(values);
   }
   Terms terms(const float* scale, const float* bias) const {
+    if constexpr (fp4) return _mm512_mul_ps(_mm512_set1_ps(*scale), elements);
     return _mm512_fmadd_ps(_mm512_set1_ps(*scale), elements, _mm512_set1_ps(*bias));
   }
   __m512 weight(__m512i codes, int j, Terms table) const {
@@ -152,10 +153,19 @@ struct ComputedWeights : Unit<bits, group> {
   };
 
   static Terms terms(const float* scale, const float* bias) { return {_mm512_set1_ps(*scale), _mm512_set1_ps(*bias)}; }
+  static __m512 code(__m512i codes, int j) {
+    const int place = j * bits;
+    if (Lanes::width % 8 == 0 && place + bits <= 23) {  // where it lies it is in the mantissa of 2^(23 - place) + code
+      const __m512i power = _mm512_set1_epi32((150 - place) << 23), mask = _mm512_set1_epi32(((1 << bits) - 1) << place);
+      const __m512i sum = _mm512_ternarylogic_epi32(codes, mask, power, 0xea);  // (codes & mask) | power
+      return _mm512_sub_ps(_mm512_castsi512_ps(sum), _mm512_castsi512_ps(power));
+    }
+    __m512i low = Lanes::at(codes, j);
+    if (place + bits != 32) low = _mm512_and_si512(low, _mm512_set1_epi32((1 << bits) - 1));
+    return _mm512_cvtepi32_ps(low);
+  }
   static __m512 weight(__m512i codes, int j, const Terms& t) {
-    __m512i code = Lanes::at(codes, j);
-    if (bits * (j + 1) != 32) code = _mm512_and_si512(code, _mm512_set1_epi32((1 << bits) - 1));
-    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(code), t.scale, t.bias);
+    return _mm512_fmadd_ps(code(codes, j), t.scale, t.bias);
   }
 };
 
@@ -188,6 +198,32 @@ struct Mxfp8Weights {
   static Terms terms(const float* scale, const float*) { return _mm512_set1_ps(*scale); }
   static __m512 weight(const Codes& codes, int j, Terms scale) { return _mm512_mul_ps(from_e4m3_16(codes.half[j]), scale); }
 };
+
+// Scales and biases of the next 16 groups of units, those of a row beginning at `base`; halves of 128 share theirs.
+template <class Decoder>
+__attribute__((noinline)) void load_any_terms(const Weights& w, int64_t base, int64_t groups, int64_t unit, float* scale, float* bias) {
+  const bool halves = w.group > Decoder::unit;
+  const int64_t g = halves ? unit / 2 : unit * Decoder::groups;
+  const __mmask16 mask = first_lanes(std::min<int64_t>(halves ? 8 : 16, groups - g));
+  __m512 s = load_scales(w, base + g, mask), b = load_biases(w, base + g, mask);
+  if (halves) {
+    const __m512i twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+    s = _mm512_permutexvar_ps(twice, s), b = _mm512_permutexvar_ps(twice, b);
+  }
+  _mm512_store_ps(scale, s);
+  _mm512_store_ps(bias, b);
+}
+
+// The usual cases in line: scales of 16 whole groups in bfloat16, or of mxfp4.
+template <class Decoder>
+inline void load_terms(const Weights& w, int64_t base, int64_t groups, int64_t unit, float* scale, float* bias) {
+  const bool affine = w.mode == Mode::affine && w.scale_type == Type::bfloat16;
+  if (unit + 16 > groups || w.group != Decoder::unit || !(affine || w.mode == Mode::mxfp4))
+    return load_any_terms<Decoder>(w, base, groups, unit, scale, bias);
+  if (!affine) return _mm512_store_ps(scale, load_e8m0(w.scales, base + unit, 0xffff));
+  _mm512_store_ps(scale, load_floats(Type::bfloat16, w.scales, base + unit, 0xffff));
+  _mm512_store_ps(bias, load_floats(Type::bfloat16, w.biases, base + unit, 0xffff));
+}
 
 // Calls f(decoder) with what reads w.
 template <int group, class F>

@@ -25,7 +25,7 @@ struct Weights {
   int64_t columns;
 
   int64_t row_bytes() const { return columns / 8 * bits; }  // columns is a multiple of 8: the group divides it
-  int64_t groups() const { return columns / group; }
+  int64_t groups() const { return columns >> __builtin_ctz(unsigned(group)); }  // a power of two; dividing takes 20 cycles
   const uint8_t* row(int64_t n) const { return codes + n * row_bytes(); }
 };
 

@@ -1,8 +1,8 @@
-// A few rows with int8 activations: codes stay bytes, vpdpbusd multiplies 64 of them with 64 activations.
+// Codes as bytes and activations as int8, which vpdpbusd multiplies four by four.
 #pragma once
 
 #include "activations.h"
-#include "avx512_exact.h"
+#include "avx512_decode.h"
 
 namespace isomorph {
 namespace {
@@ -86,92 +86,41 @@ inline CodedRows code_rows_512(const Rows& rows, int64_t k, int group) {
   return out;
 }
 
-// Weight rows n times activation rows m0..m0+M-1. A vector of 64 codes is two groups of 32, one of 64 or half of 128.
-template <class Codes, int group, int M>
-__attribute__((noinline)) void fast_block(const Weights& w, RowSet n, const CodedRows& x, int64_t m0, const Rows& rows) {
-  constexpr bool halves = group == 32;
-  const int64_t groups = w.groups();
-  __m512 total[kStreams][M];
-  const uint8_t* code[kStreams];
-  for (int r = 0; r < kStreams; ++r) {
-    code[r] = w.row(n[r]);
-    for (int m = 0; m < M; ++m) total[r][m] = _mm512_setzero_ps();
+// Of each eight codes first those at even places, then those at odd ones, as masks take them out of transposed nibbles.
+inline void part_nibbles(const CodedRows& x, int64_t count) {
+  for (int64_t i = 0; i < count * x.stride; i += 8) {
+    uint64_t eight;
+    std::memcpy(&eight, x.codes + i, 8);
+    eight = _pext_u64(eight, 0x00ff00ff00ff00ffu) | _pext_u64(eight, 0xff00ff00ff00ff00u) << 32;
+    std::memcpy(x.codes + i, &eight, 8);
   }
-  alignas(64) float scale[kStreams][M][16];
-  const int8_t* from = x.codes + m0 * x.stride;
-  int64_t left = w.columns;
-  for (int64_t first = 0; first < groups; first += 16) {
-    const int count = int(std::min<int64_t>(16, groups - first));
-    const __mmask16 mask = first_lanes(count);
-    for (int r = 0; r < kStreams; ++r) {
-      __m512 s, b;
-      fast_terms(w, n[r] * groups + first, mask, s, b);
-      for (int m = 0; m < M; ++m) {
-        const int64_t at = (m0 + m) * groups + first;
-        _mm512_store_ps(scale[r][m], _mm512_mul_ps(s, _mm512_maskz_loadu_ps(mask, x.scales + at)));
-        total[r][m] = _mm512_fmadd_ps(b, _mm512_maskz_loadu_ps(mask, x.sums + at), total[r][m]);
-      }
-    }
-    for (int g = 0; g < count; g += halves ? 2 : 1) {
-      __m512i dot[kStreams][M];
-      for (int r = 0; r < kStreams; ++r)
-        for (int m = 0; m < M; ++m) dot[r][m] = _mm512_setzero_si512();
-      for (int v = 0; v < std::max(1, group / 64); ++v, left -= 64, from += 64) {
-        __m512i codes[kStreams];
-#pragma GCC unroll 4
-        for (int r = 0; r < kStreams; ++r) {
-          prefetch(code[r], kAhead);
-          codes[r] = Codes::load(code[r], halves ? left : 64);
-          code[r] += Codes::bytes;
-        }
-#pragma GCC unroll 4
-        for (int m = 0; m < M; ++m) {
-          const __m512i value = _mm512_loadu_si512(from + m * x.stride);
-#pragma GCC unroll 4
-          for (int r = 0; r < kStreams; ++r) add_dot(dot[r][m], codes[r], value);
-        }
-      }
-#pragma GCC unroll 4
-      for (int r = 0; r < kStreams; ++r)
-#pragma GCC unroll 4
-        for (int m = 0; m < M; ++m) {
-          __m512 factor = _mm512_set1_ps(scale[r][m][g]);
-          if constexpr (halves) factor = spread_pair(&scale[r][m][g]);
-          total[r][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[r][m]), factor, total[r][m]);
-        }
-    }
-  }
-  store_sums<M>(total, rows, n, m0);
 }
 
-// Calls f(codes, group) with what reads w, group being a compile-time constant.
+// Calls f(codes) with what reads w.
+template <class F>
+void with_bits(const Weights& w, const F& f) {
+  if (w.mode != Mode::affine) return f(CodeBytes<4, true>());
+  switch (w.bits) {
+    case 2: return f(CodeBytes<2>());
+    case 3: return f(CodeBytes<3>());
+    case 4: return f(CodeBytes<4>());
+    case 5: return f(CodeBytes<5>());
+    case 6: return f(CodeBytes<6>());
+    default: return f(CodeBytes<8>());
+  }
+}
+
+// Calls f(codes, group), group being a compile-time constant.
 template <class F>
 void with_codes(const Weights& w, const F& f) {
   using std::integral_constant;
   if (w.mode != Mode::affine) return f(CodeBytes<4, true>(), integral_constant<int, 32>());
-  auto with_group = [&](auto codes) {
+  with_bits(w, [&](auto codes) {
     switch (w.group) {
       case 32: return f(codes, integral_constant<int, 32>());
       case 64: return f(codes, integral_constant<int, 64>());
       default: return f(codes, integral_constant<int, 128>());
     }
-  };
-  switch (w.bits) {
-    case 2: return with_group(CodeBytes<2>());
-    case 3: return with_group(CodeBytes<3>());
-    case 4: return with_group(CodeBytes<4>());
-    case 5: return with_group(CodeBytes<5>());
-    case 6: return with_group(CodeBytes<6>());
-    default: return with_group(CodeBytes<8>());
-  }
-}
-
-void few_fast(const Weights& w, const Rows& rows) {
-  const CodedRows x = code_rows_512(rows, w.columns, w.group);
-  with_codes(w, [&](auto codes, auto group) {
-    for_blocks(w.rows, w.row_bytes(), rows.count, [&](RowSet n, int64_t m, auto M) {
-      fast_block<decltype(codes), group, M>(w, n, x, m, rows);
-    });
   });
 }
 
