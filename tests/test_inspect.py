@@ -13,7 +13,10 @@ from safetensors.numpy import save_file
 from isomorph import InputError, convert
 from isomorph import inspect as stage
 from isomorph.inspect import Inspection, available_bytes, inspect, summary
+from isomorph.quantize.write import quantize
 from tiny import tiny_config, tiny_tensors, write_checkpoint
+from tiny_gpt_oss import tiny_config as tiny_gpt_oss
+from tiny_gpt_oss import write_checkpoint as write_gpt_oss
 
 LAYOUTS = ("original", "transformers", "transformers-folded", "mlx-lm", "mlx-folded", "flax")
 
@@ -190,3 +193,18 @@ def test_mxfp4_codes_count_as_weights(shared: Path) -> None:
     whole = inspect(shared / "golden" / "gpt-oss" / "public" / "hf")
     assert found.parameters == whole.parameters == 292_192
     assert found.bits_per_weight < whole.bits_per_weight == 32
+
+
+def test_the_grid_that_weights_lie_on_is_shown(tmp_path: Path) -> None:
+    """Of 16-bit weights that came from MXFP4, in any layout, and of a wider format that holds it; of no others."""
+    packed = write_gpt_oss(tmp_path / "packed", tiny_gpt_oss(), packed=True)
+    floats = write_gpt_oss(tmp_path / "floats", tiny_gpt_oss(), packed=False)
+    assert inspect(packed).grids == {}
+    convert(packed, tmp_path / "mlx", to="mlx", dequantize=True)
+    quantize(packed, tmp_path / "affine", 5, 32, recipe={"expert": 5})
+    experts, mxfp4 = "model.layers.*.mlp.experts", "4-bit mxfp4 in groups of 32"
+    apart = dict.fromkeys((f"{experts}.{name}_proj" for name in ("gate", "up", "down")), mxfp4)
+    assert inspect(floats).grids == {f"{experts}.gate_up_proj": mxfp4, f"{experts}.down_proj": mxfp4}
+    assert inspect(tmp_path / "mlx").grids == inspect(tmp_path / "affine").grids == apart
+    assert summary(inspect(floats))["lies on a grid"] == f"{mxfp4}: {experts}.gate_up_proj, {experts}.down_proj"
+    assert inspect(write_checkpoint(tmp_path / "trained", tiny_config())).grids == {}

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from isomorph import architectures, port
 from isomorph.checkpoint.source import Checkpoint, open_checkpoint
 from isomorph.checkpoint.target import size
-from isomorph.checkpoint.tensor import FLOATING, NUMPY_DTYPES
+from isomorph.checkpoint.tensor import FLOATING, NUMPY_DTYPES, Tensor, from_array
 from isomorph.errors import InputError
 from isomorph.frameworks import FRAMEWORKS
 from isomorph.port import stock
+from isomorph.quantize.packed import Packed
+from isomorph.quantize.settings import Settings
 from isomorph.stage import callable_module
+
+#: Rows of a matrix that show what grid it lies on.
+SAMPLED_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,11 @@ class Memory:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect` found. `loads` maps each library to how a folder loads there, or why it does not."""
+    """What `inspect` found. `loads` maps each library to how a folder loads there, or why it does not.
+
+    `grids` names what matrices lie on that are stored as something wider, going by the first rows of each; `*` stands
+    for the blocks.
+    """
 
     path: Path
     architecture: str
@@ -58,6 +70,7 @@ class Inspection:
     max_positions: int | None
     memory: Memory | None
     quantization: Quantization | None = None
+    grids: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -65,7 +78,7 @@ class Inspection:
 def inspect(
     source: str | Path, context: int | None = None, *, config: Mapping[str, Any] | str | Path | None = None
 ) -> Inspection:
-    """Inspect a folder (config.json alone suffices), an original file or a Hub id, without reading a weight.
+    """Inspect a folder (config.json alone suffices), an original file or a Hub id, by headers and a few rows.
 
     `context` is the number of tokens the memory estimate is for (default: the longest the config allows). Raises
     InputError for what `load` would refuse: damaged files, tensors that do not fit the config.
@@ -112,6 +125,7 @@ def inspect(
         max_positions=longest,
         memory=_memory(values, payload, _float_dtype(stored), context, longest),
         quantization=_quantization(checkpoint),
+        grids=_grids(checkpoint) if checkpoint.kind == "safetensors" and not promised else {},
         dropped=dict(dropped),
         config=values,
     )
@@ -132,7 +146,10 @@ def summary(found: Inspection) -> dict[str, str]:
     if found.quantization is not None:
         rows["quantized"] = ", ".join(f"{count} modules {how}" for how, count in found.quantization.modules.items())
         if found.quantization.unquantized:
-            rows["not quantized"] = ", ".join(found.quantization.unquantized)
+            rows["not quantized"] = ", ".join(dict.fromkeys(map(_without_block, found.quantization.unquantized)))
+    if found.grids:
+        alike = {grid: [name for name, own in found.grids.items() if own == grid] for grid in found.grids.values()}
+        rows["lies on a grid"] = "; ".join(f"{grid}: {', '.join(names)}" for grid, names in alike.items())
     for name, reason in found.dropped.items():
         rows[f"left out {name}"] = reason
     if found.memory is not None:
@@ -222,9 +239,42 @@ def _quantization(checkpoint: Checkpoint) -> Quantization | None:
         if f"{module}.scales" in tensors and module != name:
             own = _settings(quantization, module)
             modules[f"{own.get('bits')}-bit group {own.get('group_size')} {own.get('mode', 'affine')}"] += 1
-        elif len(tensor.shape) > 1 and not name.endswith((".scales", ".biases")):
+        elif len(tensor.shape) > 1 and not name.endswith((".scales", ".biases", "bias")):
             unquantized.append(name)
     return Quantization(dict(modules.most_common()), unquantized)
+
+
+def _grids(checkpoint: Checkpoint) -> dict[str, str]:
+    """Module -> the cheaper grid that its first rows lie on, where there is one."""
+    from isomorph.checkpoint.mlx_quantized import quantized_modules
+    from isomorph.quantize.grid import MXFP4, grid_of_packed
+
+    found: dict[str, str] = {}
+    for name, tensor in checkpoint.tensors.items():
+        matrix = tensor.dtype in FLOATING[1:] and len(tensor.shape) > 1 and 0 not in tensor.shape
+        if matrix and not name.endswith((".scales", ".biases", "bias")):
+            grid = _sampled_grid(tensor)
+            found |= {_without_block(name.removesuffix(".weight")): str(grid)} if grid is not None else {}
+    for path, module in quantized_modules(checkpoint.tensors, checkpoint.quantization).items():
+        parts = (part.read()[:1] for part in (module.weight, module.scales, module.biases) if part is not None)
+        if module.settings.affine and grid_of_packed(module.settings, [Packed(*parts)]) == MXFP4:
+            found[_without_block(path)] = str(MXFP4)
+    return found
+
+
+def _sampled_grid(tensor: Tensor) -> Settings | None:
+    """The grid of a few rows, or of a few columns where the layout stores the matrix turned around."""
+    from isomorph.quantize.grid import grid_of
+
+    value = tensor.read()
+    matrix = value.reshape(-1, *value.shape[-2:])[0]
+    samples = (matrix[:SAMPLED_ROWS], matrix[:, :SAMPLED_ROWS].T)
+    found = (grid_of(from_array(tensor.name, np.ascontiguousarray(sample))) for sample in samples)
+    return next((grid for grid in found if grid is not None), None)
+
+
+def _without_block(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", name)
 
 
 def _float_dtype(stored: Mapping[str, int]) -> str:

@@ -27,4 +27,4 @@ def show(title: str, rows: dict[str, str]) -> None:
     table = Table(title=title or None, show_header=False, box=None, pad_edge=False)
     for name, value in rows.items():
         table.add_row(name, value)
-    Console(stderr=True).print(table)
+    Console(stderr=True, markup=False).print(table)
