@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,16 @@ def test_the_librarys_files_are_read_without_a_copy(tmp_path: Path) -> None:
         np.testing.assert_array_equal(array, value)
         assert not array.flags.owndata
         assert not array.flags.writeable
+
+
+def test_writing_to_a_mapped_tensor_harms_neither_process_nor_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"a": np.arange(6, dtype=np.float32)}, path)
+    before = path.read_bytes()
+    array = read_safetensors(path).tensors["a"].read()
+    ctypes.memset(array.ctypes.data, 0, array.nbytes)  # as torch does in place
+    assert not array.any()
+    assert path.read_bytes() == before
 
 
 BAD_HEADERS = {

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +40,8 @@ DTYPES = {
     "F8_E8M0": "float8_e8m0fnu",
 }
 CODES = {name: code for code, name in DTYPES.items()}
+
+MAP_NORESERVE = 0x4000  # Linux; Python 3.13 has it in mmap
 
 #: Longest header the format allows, in bytes.
 MAX_HEADER_BYTES = 100_000_000
@@ -128,7 +132,7 @@ class _Data:
         def read() -> np.ndarray:
             if self.bytes is None:
                 try:
-                    self.bytes = np.memmap(self.path, np.uint8, mode="r", offset=0)
+                    self.bytes = _mapped(self.path)
                 except (OSError, ValueError) as error:
                     raise InputError(f"expected {self.path} to stay readable; found: {error}; {REPAIR}") from None
             start = self.offset
@@ -138,6 +142,19 @@ class _Data:
             return np.asarray(view).view(NUMPY_DTYPES[entry.dtype]).reshape(entry.shape)
 
         return read
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """The file's bytes, mapped: pages are the page cache's own until somebody writes to them, then private copies.
+
+    Arrays say that they are read-only, but torch knows no read-only memory: writing to it would end the process.
+    """
+    # Linux would count private pages against its memory, which a checkpoint may exceed.
+    flags = mmap.MAP_PRIVATE | (MAP_NORESERVE if sys.platform == "linux" else 0)
+    with path.open("rb") as file:
+        array = np.frombuffer(mmap.mmap(file.fileno(), 0, flags, mmap.PROT_READ | mmap.PROT_WRITE), np.uint8)
+    array.flags.writeable = False
+    return array
 
 
 def _parse(path: Path, raw: bytes) -> dict[str, Any]:
