@@ -263,14 +263,14 @@ def _grids(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _sampled_grid(tensor: Tensor) -> Settings | None:
-    """The grid of a few rows, or of a few columns where the layout stores the matrix turned around."""
-    from isomorph.quantize.grid import grid_of
+    """The cheapest grid of a few rows, or of a few columns where the layout stores the matrix turned around."""
+    from isomorph.quantize.grid import GRIDS, grid_of
 
     value = tensor.read()
     matrix = value.reshape(-1, *value.shape[-2:])[0]
     samples = (matrix[:SAMPLED_ROWS], matrix[:, :SAMPLED_ROWS].T)
-    found = (grid_of(from_array(tensor.name, np.ascontiguousarray(sample))) for sample in samples)
-    return next((grid for grid in found if grid is not None), None)
+    found = {grid_of(from_array(tensor.name, np.ascontiguousarray(sample))) for sample in samples}
+    return next((grid for grid in GRIDS if grid in found), None)
 
 
 def _without_block(name: str) -> str:

@@ -48,6 +48,7 @@ EVALUATIONS: dict[str, Callable[..., None]] = {
     "perplexity": evaluate.perplexity_command,
     "divergence": evaluate.divergence_command,
     "degeneration": evaluate.degeneration_command,
+    "table": evaluate.table_command,
 }
 for verb, command in VERBS.items():
     app.command(verb)(grouped(command))

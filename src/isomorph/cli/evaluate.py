@@ -73,6 +73,16 @@ def degeneration_command(
     print_record(record, as_json)
 
 
+def table_command(
+    records: Annotated[list[Path], typer.Argument(help="Files of what perplexity or divergence --json printed.")],
+) -> None:
+    """Records as a Markdown table; those that do not compare are refused."""
+    from isomorph import evaluate
+    from isomorph.checkpoint.source import read_json
+
+    typer.echo(evaluate.table([read_json(path) for path in records]))
+
+
 def _arguments(scoring: Scoring) -> dict[str, Any]:
     return {**vars(scoring), "text": read_text(scoring.text)}
 

@@ -1,0 +1,71 @@
+"""Every build of a gpt-oss that is published or better, made from one source and measured.
+
+    python benchmarks/variants.py SOURCE --text WIKITEXT/test.txt --out FOLDER
+
+Writes each variant to FOLDER, measures perplexity and the divergence from the source by the protocol `gpt-oss` (torch,
+float32), and prints a Markdown table. What is there already is not made again; the last line is one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import isomorph
+from isomorph.evaluate import divergence, perplexity, table
+from isomorph.progress import progress
+from isomorph.quantize.write import quantize
+
+#: Row of the table -> options of `isomorph quantize`. "published" rounds the experts' grid away, as cards have it.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "lossless: experts as they are, the rest 8-bit / 64": {"recipe": "lossless"},
+    "the same, experts exact in affine 5-bit / 32": {"recipe": "lossless", "overrides": ["expert=5/32"]},
+    "8-bit / 64, published": {"bits": 8, "group_size": 64, "requantize": True},
+    "6-bit / 32, published": {"bits": 6, "group_size": 32, "requantize": True},
+    "6-bit / 32, experts exact": {"bits": 6, "group_size": 32},
+    "5-bit / 32, published": {"bits": 5, "group_size": 32, "requantize": True},
+    "5-bit / 32, experts exact": {"bits": 5, "group_size": 32},
+    "4-bit / 32, published": {"bits": 4, "group_size": 32, "requantize": True},
+}
+
+SOURCE = "source: experts MXFP4, the rest bfloat16"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source")
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--limit", type=int)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    text = options.text.read_text(encoding="utf-8")
+    source = load(options.source)
+    rows, records = [(SOURCE, isomorph.inspect(options.source).path)], []
+    for number, (name, settings) in enumerate(VARIANTS.items()):
+        folder = options.out / f"variant{number}"
+        if not folder.exists():
+            quantize(options.source, folder, **settings)
+        rows.append((name, folder))
+    for name, folder in rows:
+        model = load(folder)
+        with progress(name, options.limit, "tokens") as advance:
+            records.append(perplexity(model, text, "gpt-oss", limit=options.limit, advance=advance).to_json())
+        with progress(f"{name}, KL", options.limit, "tokens") as advance:
+            records.append(divergence(source, model, text, "gpt-oss", limit=options.limit, advance=advance).to_json())
+    sizes = {name: isomorph.inspect(folder) for name, folder in rows}
+    print("| model | bytes | bits a weight |", "|---|---|---|", sep="\n")
+    for name, found in sizes.items():
+        print(f"| {name} | {found.payload_bytes:,} | {found.bits_per_weight:.3f} |")
+    print("", table(records, {str(folder): name for name, folder in rows}), "", sep="\n")
+    print(json.dumps({"sizes": {name: found.payload_bytes for name, found in sizes.items()}, "records": records}))
+
+
+def load(folder: str | Path) -> Any:
+    return isomorph.load(folder, framework="torch", dtype="float32")
+
+
+if __name__ == "__main__":
+    main()
