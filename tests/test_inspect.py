@@ -206,5 +206,5 @@ def test_the_grid_that_weights_lie_on_is_shown(tmp_path: Path) -> None:
     apart = dict.fromkeys((f"{experts}.{name}_proj" for name in ("gate", "up", "down")), mxfp4)
     assert inspect(floats).grids == {f"{experts}.gate_up_proj": mxfp4, f"{experts}.down_proj": mxfp4}
     assert inspect(tmp_path / "mlx").grids == inspect(tmp_path / "affine").grids == apart
-    assert summary(inspect(floats))["lies on a grid"] == f"{mxfp4}: {experts}.gate_up_proj, {experts}.down_proj"
+    assert summary(inspect(floats))["lies on a grid"] == f"{mxfp4}: {experts}.down_proj, {experts}.gate_up_proj"
     assert inspect(write_checkpoint(tmp_path / "trained", tiny_config())).grids == {}

@@ -149,7 +149,7 @@ def summary(found: Inspection) -> dict[str, str]:
             rows["not quantized"] = ", ".join(dict.fromkeys(map(_without_block, found.quantization.unquantized)))
     if found.grids:
         alike = {grid: [name for name, own in found.grids.items() if own == grid] for grid in found.grids.values()}
-        rows["lies on a grid"] = "; ".join(f"{grid}: {', '.join(names)}" for grid, names in alike.items())
+        rows["lies on a grid"] = "; ".join(f"{grid}: {', '.join(sorted(names))}" for grid, names in alike.items())
     for name, reason in found.dropped.items():
         rows[f"left out {name}"] = reason
     if found.memory is not None:
