@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from isomorph.errors import InputError, did_you_mean
-from isomorph.frameworks import FRAMEWORKS
+from isomorph.frameworks import FRAMEWORKS, STOCK
 from isomorph.frameworks.model import Model
 from isomorph.stage import callable_module
 
@@ -29,15 +29,17 @@ def load(
 ) -> Model:
     """Load `source` (a folder, an original checkpoint file or a Hub id) in `framework` (torch, mlx or flax).
 
+    Framework `mlx-lm` is stock mlx-lm with its own model, faults included, where `mlx` has isomorph's.
     `dtype` is the compute dtype (`float32`, `bfloat16`, `float16`, in torch also `float64`; default: as stored).
     `tokenizer` is a folder or file to take the tokenizer from, or a tokenizer. `config` overrides or replaces
     config.json. `rope_table_dtype` overrides how cos and sin are rounded. Architectures that are not ours load through
     Transformers (torch) or mlx-lm (mlx); code that a repository ships runs only with `trust_remote_code`.
     Raises InputError.
     """
-    if framework not in FRAMEWORKS:
+    known = (*FRAMEWORKS, *STOCK)
+    if framework not in known:
         raise InputError(
-            f"expected a framework of {', '.join(FRAMEWORKS)}; found {framework!r}{did_you_mean(framework, FRAMEWORKS)}"
+            f"expected a framework of {', '.join(known)}; found {framework!r}{did_you_mean(framework, known)}"
         )
     if numerics not in NUMERICS:
         raise InputError(f"expected numerics {' or '.join(NUMERICS)}; found {numerics!r}")
@@ -63,11 +65,11 @@ def load(
     elif rope_table_dtype is not None:
         raise InputError("expected rope_table_dtype only for architectures of isomorph's own; leave it out")
     try:
-        backend = import_module(f"isomorph.frameworks.{framework}")
+        backend = import_module(f"isomorph.frameworks.{framework.replace('-', '_')}")
     except ModuleNotFoundError as error:
         raise InputError(
             f"framework {framework!r} needs the package {error.name!r}, which is not installed; "
-            f"run: pip install 'isomorph[{framework}]'"
+            f"run: pip install 'isomorph[{framework.partition('-')[0]}]'"
         ) from None
     model: Model = backend.load_model(
         architecture,

@@ -20,7 +20,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document as t
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing target folder.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and the sizes; write nothing.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run modelling code that the repository ships.")]
-Framework = Annotated[str, typer.Option(help="torch, mlx or flax.")]
+Framework = Annotated[str, typer.Option(help="torch, mlx or flax; mlx-lm: stock.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="A config.json that overrides keys of its own.")]
 Dtype = Annotated[str | None, typer.Option(help="Compute dtype: float32, bfloat16 or float16; default as stored.")]
 

@@ -9,7 +9,7 @@ position p lies at slot p, modulo the slots of an array that keeps only a window
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,6 +148,24 @@ class FlaxModel(Model):
         x, states, _ = model.trunk(ids, real)
         return model.logits(x).astype(jnp.float32), states
 
+    def _route(self, parameters: dict[str, jax.Array], ids: jax.Array, real: jax.Array) -> list[jax.Array]:
+        """What the modules called `router` return in a full pass, layer by layer."""
+        model = merge(self.graph, parameters)
+        found: list[jax.Array] = []
+
+        def noting(router: nnx.Module) -> Callable[[jax.Array], jax.Array]:
+            def call(x: jax.Array) -> jax.Array:
+                found.append(router(x).astype(jnp.float32))
+                return found[-1].astype(x.dtype)
+
+            return call
+
+        owners: list[Any] = [module for _, module in nnx.iter_modules(model) if hasattr(module, "router")]
+        for owner in owners:
+            owner.router = noting(owner.router)
+        model.trunk(ids, real)
+        return found
+
     def _step(
         self,
         parameters: dict[str, jax.Array],
@@ -180,6 +198,12 @@ class FlaxModel(Model):
     def _hidden_states(self, ids: np.ndarray) -> list[np.ndarray]:
         states = self._padded_forward(ids, None)[1]
         return [np.asarray(state.astype(jnp.float32))[:, : ids.shape[1]] for state in states]
+
+    def _router_logits(self, ids: np.ndarray) -> list[np.ndarray]:
+        batch, count = ids.shape
+        padded = np.pad(ids, ((0, 0), (0, bucket(count) - count))).astype(np.int32)
+        found = jax.jit(self._route)(self.parameters, padded, np.ones(padded.shape, bool))
+        return [np.asarray(logits).reshape(batch, padded.shape[1], -1)[:, :count] for logits in found]
 
     def _decode_state(self, batch_size: int, left_padding: np.ndarray | None, max_length: int | None) -> DecodeState:
         padding = np.zeros(batch_size, np.int64) if left_padding is None else left_padding

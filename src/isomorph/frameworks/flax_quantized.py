@@ -73,7 +73,7 @@ def parts(name: str, entry: QuantizedModule) -> Iterator[tuple[str, np.ndarray]]
 
 def without_extension(model: nnx.Module) -> nnx.Module:
     """`model`, every product in jax.numpy, which XLA can split over a mesh."""
-    for _, module in model.iter_modules():
+    for _, module in nnx.iter_modules(model):
         if isinstance(module, PackedModule):
             module.extension = False
     return model

@@ -30,6 +30,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 #: Names under which configs of stock architectures state their longest sequence.
 POSITION_KEYS = ("max_position_embeddings", "max_seq_len", "n_positions", "seq_length")
 
+#: What mlx-lm's models call the matrix that chooses experts.
+ROUTERS = ("router", "gate")
+
 
 class MLXModel(Model):
     """A model of mlx-lm's form: `module(ids, cache=None)` gives logits, `module.layers` are its blocks.
@@ -100,6 +103,17 @@ class MLXModel(Model):
         mx.clear_cache()
         return arrays
 
+    def _router_logits(self, ids: np.ndarray) -> list[np.ndarray]:
+        routers = [
+            part
+            for layer in self.module.layers
+            for path, part in layer.named_modules()
+            if path.rpartition(".")[2] in ROUTERS and isinstance(part, (nn.Linear, nn.QuantizedLinear))
+        ]
+        with mx.stream(self.device), recorded(routers) as states:
+            mx.eval(self.module(mx.array(ids.astype(np.int32))))
+            return [np.array(states[index].astype(mx.float32)) for index in sorted(states) if index]
+
     def _decode_state(self, batch_size: int, left_padding: np.ndarray | None, max_length: int | None) -> MLXDecodeState:
         # mlx-lm's caches grow by themselves, so max_length has nothing to allocate.
         with mx.stream(self.device):
@@ -112,7 +126,7 @@ class MLXModel(Model):
 
 @contextmanager
 def recorded(layers: Sequence[nn.Module]) -> Iterator[dict[int, mx.array]]:
-    """While open: 0 -> the input of the first layer, i + 1 -> the output of layer i of whatever runs.
+    """While open: 0 -> the input of the first of `layers`, i + 1 -> the output of the i-th, of whatever runs.
 
     Python finds `__call__` on the class, so that is where it is wrapped, and put back on leaving.
     """

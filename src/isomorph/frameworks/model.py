@@ -84,6 +84,10 @@ class Model(ABC):
     def _hidden_states(self, ids: np.ndarray) -> list[np.ndarray]:
         """`ids` int64 [B, T] -> L + 1 arrays, float32 [B, T, D]."""
 
+    def _router_logits(self, ids: np.ndarray) -> list[np.ndarray]:
+        """`ids` int64 [B, T] -> float32 [B, T, E] for each layer with experts; empty where routers cannot be read."""
+        return []
+
     @abstractmethod
     def _decode_state(self, batch_size: int, left_padding: np.ndarray | None, max_length: int | None) -> DecodeState:
         """A fresh state; arguments are validated."""
@@ -114,6 +118,16 @@ class Model(ABC):
     def hidden_states(self, ids: Ids) -> list[np.ndarray]:
         """Input of block 0, then each block's output, un-normed: L + 1 arrays, float32 [B, T, D]."""
         return self._hidden_states(self.checked_ids(ids))
+
+    @property
+    def experts_per_token(self) -> int:
+        """How many experts each router chooses for a token; 0 in a model without experts."""
+        return int(getattr(self.config, "num_experts_per_tok", None) or 0)
+
+    def router_logits(self, ids: Ids) -> list[np.ndarray]:
+        """What each layer's router says of each expert, float32 [B, T, E]; empty for a model without experts."""
+        ids = self.checked_ids(ids)
+        return self._router_logits(ids) if self.experts_per_token else []
 
     def decode_state(
         self, batch_size: int = 1, left_padding: Sequence[int] | None = None, max_length: int | None = None

@@ -60,6 +60,7 @@ def load_model(
     ship only with `trust_remote_code`. Raises InputError.
     """
     device_here = torch_device(device)
+    module: Any
     if architecture is None:
         if checkpoint.quantization is not None or is_quantized(checkpoint.tensors):
             module, config = quantized_model(checkpoint, dtype, fast=numerics == "fast")
@@ -69,6 +70,8 @@ def load_model(
     else:
         module = own_model(architecture, checkpoint, config, dtype, fast=numerics == "fast")
         name = architecture.model_type
+    if module.dtype == torch.float64 and hasattr(module, "set_experts_implementation"):
+        module.set_experts_implementation("eager")  # torch's grouped products have no float64
     return TorchModel(speed_up(module.to(device_here).eval().requires_grad_(False)), name, config)
 
 
@@ -246,6 +249,12 @@ class TorchModel(Model):
             for hook in hooks:
                 hook.remove()
         return [as_numpy(state) for state in taken]
+
+    @torch.inference_mode()
+    def _router_logits(self, ids: np.ndarray) -> list[np.ndarray]:
+        tokens = torch.from_numpy(ids).to(self.device)
+        output = self.module.base_model(tokens, use_cache=False, output_router_logits=True)
+        return [as_numpy(logits).reshape(*ids.shape, -1) for logits in getattr(output, "router_logits", None) or ()]
 
     def _decode_state(
         self, batch_size: int, left_padding: np.ndarray | None, max_length: int | None

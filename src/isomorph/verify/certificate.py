@@ -65,7 +65,8 @@ class Level:
     `judge` is `reference`, or `own weights`: the candidate's files in another framework.
     `logits` are candidate against reference in the same dtype; `candidate_to_exact` and `reference_to_exact` measure
     both against the exact run (None where there is none). `clear_top1` is the agreement of the most likely token where
-    its margin exceeds the largest error of a logit of the reference, at the share `clear_share` of positions.
+    its margin exceeds the largest error of a logit of the reference, at the share `clear_share` of positions. `routing`
+    has an entry for each layer with experts. `first_wrong_position`, in a row, is that of the first diverging state.
     """
 
     dtype: str
@@ -80,6 +81,9 @@ class Level:
     layers: list[Tap] = field(default_factory=list)
     segments: list[dict[str, float]] = field(default_factory=list)
     histogram: dict[str, list[float]] = field(default_factory=dict)
+    experts_per_token: int = 0
+    routing: list[Any] = field(default_factory=list)
+    first_wrong_position: int | None = None
 
     @property
     def floor(self) -> Any:
@@ -135,6 +139,21 @@ class Certificate:
         return "logits" if wrong else None
 
     @property
+    def routing(self) -> dict[str, Any] | None:
+        """Of a mixture of experts, at the finest precision: share of tokens sent alike, and margins; else None."""
+        level = next((level for level in reversed(self.levels) if level.routing), None)
+        if level is None:
+            return None
+        layers = level.routing
+        return {
+            "dtype": level.dtype,
+            "agreement": sum(layer.agreement for layer in layers) / len(layers),
+            "smallest_margin": min(layer.smallest_margin for layer in layers),
+            "median_margin": min(layer.median_margin for layer in layers),
+            "widest_flip": max(layer.widest_flip for layer in layers),
+        }
+
+    @property
     def failures(self) -> list[Check]:
         return [check for check in self.checks if check.status == FAIL]
 
@@ -149,6 +168,7 @@ class Certificate:
             "logits": self.logits,
             "noise_ratio": self.noise_ratio,
             "first_divergence": self.first_divergence,
+            "routing": self.routing,
         }
         rest = {name: value for name, value in vars(self).items() if name not in verdict}
         return to_json({**verdict, **rest})

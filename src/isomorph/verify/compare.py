@@ -10,6 +10,7 @@ from isomorph.evaluate.metrics import compare_logits, rms, top_margin
 from isomorph.verify.capture import Capture
 from isomorph.verify.certificate import FAIL, PASS, WARN, Check, Level, Tap
 from isomorph.verify.noise import measure_noise
+from isomorph.verify.routing import compare_routing, routing_check
 from isomorph.verify.tolerance import (
     CLEAR_REASON,
     CLEAR_TOP1,
@@ -43,6 +44,7 @@ def compare(candidate: Capture, reference: Capture, exact: Capture | None, width
         same = reference.logits.argmax(-1) == candidate.logits.argmax(-1)
         clear_share = float(clear.mean())
         clear_top1 = float(same[clear].mean()) if clear.any() else None
+    layers = _taps(candidate, reference, exact)
     return Level(
         dtype=candidate.dtype,
         judge=judge,
@@ -53,9 +55,12 @@ def compare(candidate: Capture, reference: Capture, exact: Capture | None, width
         noise_ratio=ratio,
         clear_top1=clear_top1,
         clear_share=clear_share,
-        layers=_taps(candidate, reference, exact),
+        layers=layers,
         segments=_segments(candidate, reference, exact, width),
         histogram=_histogram(candidate, reference, exact),
+        experts_per_token=candidate.experts_per_token,
+        routing=compare_routing(candidate, reference, exact),
+        first_wrong_position=_first_wrong_position(candidate, reference, layers, width),
     )
 
 
@@ -99,10 +104,32 @@ def logit_checks(level: Level) -> list[Check]:
                 worst.ratio,
                 MAX_NOISE_RATIO if level.exact_dtype else 1.0,
                 NOISE_REASON if level.exact_dtype else RULE_REASON,
-                f"first beyond its limit: {wrong}" if wrong else f"largest at {worst.name}",
+                f"first beyond its limit: {wrong}{_from_position(level)}" if wrong else f"largest at {worst.name}",
             )
         )
+    if level.experts_per_token:
+        checks.append(routing_check(level.routing, dtype))
     return checks
+
+
+def _from_position(level: Level) -> str:
+    """What the first wrong position says: at position 0 a token meets only itself, and no rotation."""
+    first = level.first_wrong_position
+    if first is None:
+        return ""
+    if first == 0:
+        return ", at every position: norms, matrices, activations, or weights"
+    return f", from position {first} on: what positions and tokens before it bring in (rope, windows, masks)"
+
+
+def _first_wrong_position(candidate: Capture, reference: Capture, layers: list[Tap], width: int) -> int | None:
+    """The first position of a row at which the first diverging hidden state is beyond the numeric rule."""
+    index = next((index for index, tap in enumerate(layers) if tap.diverged), None)
+    if index is None:
+        return None
+    difference = np.abs(candidate.hidden[index].astype(np.float64) - reference.hidden[index]).max(axis=-1)
+    wrong = np.flatnonzero(~(difference <= layers[index].rule)) % width
+    return int(wrong.min()) if wrong.size else None
 
 
 def _taps(candidate: Capture, reference: Capture, exact: Capture | None) -> list[Tap]:

@@ -7,8 +7,8 @@ from isomorph.verify.tolerance import MAX_NOISE_RATIO, NOISE_REASON
 
 
 def on_mlx_cpu(framework: str) -> bool:
-    """Whether `framework` is mlx and computes on a CPU."""
-    if framework != "mlx":
+    """Whether `framework` is mlx, isomorph's or stock, and computes on a CPU."""
+    if framework not in ("mlx", "mlx-lm"):
         return False
     import mlx.core as mx
 

@@ -50,6 +50,8 @@ def markdown(certificate: Certificate) -> str:
         parts += ["## Logits", _logits(certificate)]
     for level in certificate.levels:
         parts += [f"## Hidden states, computing in {level.dtype}", _layers(level)]
+        if level.routing:
+            parts += [f"## Experts, computing in {level.dtype}", _routing(level)]
     if certificate.levels:
         parts += [
             "![Error of each hidden state of the candidate beside the noise floor of the reference](layers.png)",
@@ -179,6 +181,19 @@ def _layers(level: Level) -> str:
         "" if level.judge == "reference" else "Judged by the candidate's own weights in the reference's framework.\n\n"
     )
     return judge + table(header, rows)
+
+
+def _routing(level: Level) -> str:
+    header = ("layer", "same experts", "smallest margin", "median", "largest difference", "widest flip", "allowed")
+    rows = [
+        (
+            str(layer.layer),
+            percent(layer.agreement),
+            *map(number, (layer.smallest_margin, layer.median_margin, layer.max_abs, layer.widest_flip, layer.allowed)),
+        )
+        for layer in level.routing
+    ]
+    return table(header, rows)
 
 
 def _greedy(greedy: dict[str, Any]) -> str:

@@ -28,8 +28,8 @@ class Session:
     """A verification under way.
 
     Each level of it has a judge, which the candidate must equal in arithmetic: the reference; where the candidate's
-    weights differ from the reference's by design (quantized, rounded), those very weights in the reference's framework
-    (torch for quantized ones, which it dequantizes). Whether the weights are right is then a check of its own.
+    weights differ from the reference's by design (quantized with a loss, rounded), those very weights in the
+    reference's framework (torch for quantized ones). Whether the weights are right is then a check of its own.
     """
 
     reference: Side
@@ -59,10 +59,11 @@ class Session:
             self.checks += weights.checks()
 
         # Faults below the noise of a low precision show in float32, on the very weights the candidate holds.
-        judges = {served: "own weights" if self.quantized else "reference"}
+        lossy = self.quantized and not (weights is not None and weights.lossless)
+        judges = {served: "own weights" if lossy else "reference"}
         if served != "float32" and self._can_run(self.candidate, "float32", "comparison in float32"):
             runs.take("candidate", self.candidate.load("float32"), serve=True)
-            by_design = self.quantized or (weights is not None and weights.rounded_by_design)
+            by_design = lossy or (weights is not None and weights.rounded_by_design)
             judges["float32"] = "own weights" if by_design else "reference"
         for role, side in (("reference", self.reference), ("own weights", self._own_weights())):
             judged = [dtype for dtype, judge in judges.items() if judge == role]

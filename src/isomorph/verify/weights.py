@@ -33,6 +33,13 @@ class WeightComparison:
     worst_quantized: tuple[float, float, str] = (0.0, 1.0, "")
     rounded_by_design: bool = False
 
+    @property
+    def lossless(self) -> bool:
+        """Every tensor has the reference's values, packed or not."""
+        return bool(self.identical or self.quantized) and not (
+            self.wrong or self.rounded or self.worst_quantized[0] != 0
+        )
+
     def checks(self) -> list[Check]:
         """One verdict on stored tensors, and one on quantized ones where there are any."""
         total = self.identical + self.rounded + self.quantized + len(self.wrong)
@@ -62,7 +69,7 @@ def compare_weights(reference: Side, candidate: Side) -> WeightComparison | None
     One tensor of each side is in memory at a time.
     """
     from isomorph import architectures
-    from isomorph.port import mapped
+    from isomorph.port import mapped, read
 
     theirs, ours = reference.checkpoint, candidate.checkpoint
     if theirs is None or ours is None or not theirs.tensors or not ours.tensors:
@@ -70,7 +77,10 @@ def compare_weights(reference: Side, candidate: Side) -> WeightComparison | None
     architecture = architectures.find(ours)
     if architecture is None or architectures.find(theirs) is not architecture:
         return None
-    layout = architecture.detect(ours)
+    # Its own layout, or one of the same modules that can say them in floats.
+    own, stored = architecture.detect(ours), read(ours, architecture, dequantize=ours.quantization is None)
+    fitting = [name for name, entry in architecture.layouts.items() if not entry.never_floats and stored.keeps(entry)]
+    layout = own if own in fitting else fitting[0]
     expected = mapped(theirs, architecture, layout)
     result = WeightComparison()
     for wanted, found in zip(expected, mapped(ours, architecture, layout), strict=True):
