@@ -44,6 +44,12 @@ _CODE_OF = np.full(13, 255, np.uint8)
 _CODE_OF[_DOUBLED] = np.arange(8, dtype=np.uint8)
 #: What doubled and signed E2M1 values are counted from, so that none is negative.
 _OFFSET = int(_DOUBLED[-1])
+#: Affine code of each E2M1 code, sign included, and back: 255 where there is none.
+_AFFINE_OF = np.concatenate([_OFFSET + _DOUBLED, _OFFSET - _DOUBLED]).astype(np.uint8)
+_E2M1_OF = np.full(256, 255, np.uint8)
+_E2M1_OF[_AFFINE_OF[::-1]] = np.arange(16, dtype=np.uint8)[::-1]  # of the two zeros the positive one, set last
+#: The affine codes of the two E2M1 codes in each byte, as one number.
+_PAIRS = np.stack([np.tile(_AFFINE_OF, 16), np.repeat(_AFFINE_OF, 16)], axis=1).view("<u2").reshape(-1)
 #: Bits that the codes 0 .. 2 * _OFFSET take.
 _DOUBLED_BITS = 5
 #: Codes of four bits.
@@ -120,9 +126,7 @@ def affine_from_mxfp4(
     """
     if (scales >= 125 + E8M0_BIAS).any():
         raise ValueError("an mxfp4 scale that affine arithmetic cannot match")
-    codes = unpack(words, MXFP4.bits)
-    doubled = _DOUBLED[codes & 7]
-    values = np.where(codes & 8, _OFFSET - doubled, _OFFSET + doubled).astype(np.uint8)
+    values = _PAIRS[np.ascontiguousarray(words).view(np.uint8)].view(np.uint8)
     steps = np.ldexp(np.float32(0.5), scales.astype(np.int32) - E8M0_BIAS)
     return pack(values, bits), steps, -_OFFSET * steps
 
@@ -135,13 +139,8 @@ def mxfp4_from_affine(packed: Packed, bits: int = _DOUBLED_BITS) -> tuple[np.nda
     stored = exponents + E8M0_BIAS  # step = 2**(exponent - 1) and scale = 2 * step
     if not ((fractions == 0.5) & (ends == -_OFFSET * steps) & (stored >= 0) & (stored <= 254)).all():
         return None
-    values = unpack(packed.weight, bits).astype(np.int16) - _OFFSET
-    magnitudes = np.abs(values)
-    if magnitudes.max(initial=0) > _OFFSET or (_CODE_OF[magnitudes] == 255).any():
-        return None
-    return pack(_CODE_OF[magnitudes] | (values < 0).astype(np.uint8) << np.uint8(3), MXFP4.bits), stored.astype(
-        np.uint8
-    )
+    codes = _E2M1_OF[unpack(packed.weight, bits)]
+    return None if (codes == 255).any() else (pack(codes, MXFP4.bits), stored.astype(np.uint8))
 
 
 def _nvfp4(weights: np.ndarray) -> Packed | None:
