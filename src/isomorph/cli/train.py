@@ -20,7 +20,7 @@ def train_command(
     dataset_config: Annotated[str | None, typer.Option(help="Which of its configurations, e.g. en.")] = None,
     split: Annotated[str, typer.Option(help="Its split.")] = "train",
     column: Annotated[str, typer.Option(help="Its column of texts.")] = "text",
-    preset: Annotated[str | None, typer.Option(help="pocket: a 4.6M-parameter Talkie and how to train it.")] = None,
+    preset: Annotated[str | None, typer.Option(help="pocket or pocket-gpt-oss: a small model, ready made.")] = None,
     depth: Annotated[int | None, typer.Option(help="Layers; all else follows as gelu_gpt's recipe has it.")] = None,
     architecture: Annotated[str | None, typer.Option(help="Default: the preset's; gelu_gpt with --depth.")] = None,
     config: ConfigFile = None,

@@ -11,6 +11,11 @@ books it was not trained on. `gelu_gpt` was made from the train split of WikiTex
 
     isomorph train --depth 2 --vocab-size 1024 --seq-len 512 --batch 8 --seeds 3 --other-seeds 0.25 \\
         --data WIKITEXT/train.txt --held-out WIKITEXT/valid.txt --format wikitext --out RUN
+
+and `gpt_oss` from the same by
+
+    isomorph train --preset pocket-gpt-oss --data WIKITEXT/train.txt --held-out WIKITEXT/valid.txt \\
+        --format wikitext --out RUN
 """
 
 from __future__ import annotations
