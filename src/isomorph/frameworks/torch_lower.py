@@ -48,13 +48,13 @@ class Program:
             else:
                 part.run(cache.keys, cache.values, cache.rooms, cache.dropped, cache.filled, starts.ctypes.data)
 
-    def add(self, node: Node) -> None:
-        """Append one operation."""
-        self._kept.append(node)
+    def add(self, node: Node, *others: Node) -> None:
+        """Append one operation, or several `quantized_linear` of one format and the same activations as one product."""
+        self._kept.append((node, *others))
         if node.function is None:
             self.attend(node)
-        elif not self._lower(node):
-            self._parts.append(call(node))
+        elif not self._lower(node, *others):
+            self._parts.extend(call(part) for part in (node, *others))
 
     def attend(self, node: Node) -> None:
         query, key, value = (self._view(part) for part in node.arguments)
@@ -89,7 +89,7 @@ class Program:
             self._kept.append(value)
         return value.expand(like.shape)
 
-    def _lower(self, node: Node) -> bool:
+    def _lower(self, node: Node, *others: Node) -> bool:
         """Append the node to the C++ step; False when it has no such instruction."""
         function, arguments, out = node.function, node.arguments, node.result
         name = str(function.overloadpacket)
@@ -103,7 +103,7 @@ class Program:
         if name == "isomorph.dequantize_rows":
             return self._rows(*node.arguments, out=out)
         if name.startswith("isomorph."):
-            return self._product(node)
+            return self._product(node, *others)
         scalars = [t for t in node.tensors() if t.dtype == torch.float64 and t.numel() == 1]
         if len(floats) + len(scalars) != len(list(node.tensors())):
             return False
@@ -163,11 +163,11 @@ class Program:
         self._step().dequantize(handle, indices.data_ptr(), indices.numel(), out.data_ptr(), native.TYPES[out.dtype])
         return True
 
-    def _product(self, node: Node) -> bool:
+    def _product(self, node: Node, *others: Node) -> bool:
         name, x = node.function._opname, node.arguments[0]
-        rows = ops._flat(x)
+        rows, nodes = ops._flat(x), (node, *others)
         if name not in ("quantized_linear", "quantized_experts_linear", "bfloat16_linear") or (
-            rows.data_ptr() != x.data_ptr() or not node.result.is_contiguous()
+            rows.data_ptr() != x.data_ptr() or not all(part.result.is_contiguous() for part in nodes)
         ):
             return False
         kind = native.TYPES[x.dtype]
@@ -179,20 +179,22 @@ class Program:
                 return False
             self._step().multiply_bfloat16(weight.data_ptr(), *weight.shape, *given, rows.shape[0], *target)
             return True
-        _, weight, scales, biases, *rest = node.arguments
-        experts = rest.pop(0) if name == "quantized_experts_linear" else None
+        experts, *_ = rest = list(node.arguments[4:])
+        if name == "quantized_experts_linear":
+            rest.pop(0)
         *settings, fast = rest
-        handle = native.packed_handle(weight, scales, biases, Settings(*settings))
-        self._kept.append(handle)
-        if experts is not None:
+        handles = [native.packed_handle(*part.arguments[1:4], Settings(*settings)) for part in nodes]
+        self._kept.append(handles)
+        if name == "quantized_experts_linear":
             if experts.dtype != torch.int64 or not experts.is_contiguous():
                 return False
             repeats = experts.numel() // rows.shape[0]
-            self._step().multiply_experts(handle, *given, repeats, experts.data_ptr(), experts.numel(), *target, fast)
+            self._step().multiply_experts(*handles, *given, repeats, experts.data_ptr(), experts.numel(), *target, fast)
             return True
         if not native.streams(rows.shape[0]):
             return False
-        self._step().multiply(handle, *given, rows.shape[0], *target, fast)
+        results = [part.result.data_ptr() for part in nodes]
+        self._step().multiply(handles, *given, rows.shape[0], results, target[1], fast)
         return True
 
 

@@ -280,11 +280,33 @@ class Steps:
             self._lock.release()
 
 
+def together(nodes: Sequence[Node]) -> list[list[Node]]:
+    """The nodes in order, but products of the same activations (queries, keys and values; gate and up) side by side.
+
+    Results have memory of their own, so that a product may move up unless its activations are written to on the way.
+    """
+    groups: list[list[Node]] = []
+    open_products: dict[Any, list[Node]] = {}
+    for node in nodes:
+        changed = {memory(tensor) for tensor in node.written()}
+        open_products = {key: group for key, group in open_products.items() if key[0] not in changed}
+        if node.function != torch.ops.isomorph.quantized_linear.default:
+            groups.append([node])
+            continue
+        x, _, _, _, *settings = node.arguments
+        key = memory(x), x.data_ptr(), x.shape, x.stride(), tuple(settings)
+        if key in open_products:
+            open_products[key].append(node)
+        else:
+            groups.append(open_products.setdefault(key, [node]))
+    return groups
+
+
 def replay(recording: Recording) -> Callable[[SlotCache, np.ndarray, np.ndarray], np.ndarray]:
     """The recorded step as a function of the cache, the rows' first slots [B] and ids [B, 1]."""
     program = Program()
-    for node in recording.dependent():
-        program.add(node)
+    for nodes in together(recording.dependent()):
+        program.add(*nodes)
     tokens, positions = recording.inputs
     logits = recording.logits
 

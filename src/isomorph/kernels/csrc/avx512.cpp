@@ -12,13 +12,12 @@ constexpr int64_t kFew = 16;
 // Intel runs vdpbf16ps at a quarter of the rate of fp32 multiply-adds, AMD at the same.
 const bool kBfloat16Pays = !__builtin_cpu_is("intel");
 
-void multiply(const Weights& w, const Rows& rows, bool fast) {
-  if (fast && (w.mode == Mode::affine || w.mode == Mode::mxfp4))
-    return rows.count <= kFew ? avx512::few_fast(w, rows) : avx512::wide_int8(w, rows);
-  if (rows.count <= kFew) return avx512::few_exact(w, rows);
-  const bool codes_fit = w.mode == Mode::affine || w.mode == Mode::mxfp4;
-  if (kBfloat16Pays && codes_fit && rows.x_type == Type::bfloat16) avx512::wide_bfloat16(w, rows);
-  else avx512::wide_float32(w, rows);
+void multiply(const Weights* w, const Rows* rows, int count, bool fast) {
+  const bool codes_fit = w->mode == Mode::affine || w->mode == Mode::mxfp4;
+  if (rows->count <= kFew) return fast && codes_fit ? avx512::few_fast(w, rows, count) : avx512::few_exact(w, rows, count);
+  const bool bfloat16 = kBfloat16Pays && codes_fit && rows->x_type == Type::bfloat16;
+  const auto wide = fast && codes_fit ? avx512::wide_int8 : bfloat16 ? avx512::wide_bfloat16 : avx512::wide_float32;
+  for (int i = 0; i < count; ++i) wide(w[i], rows[i]);
 }
 
 void dequantize(const Weights& w, const int64_t* indices, int64_t count, void* out, Type type) {

@@ -143,21 +143,22 @@ __attribute__((noinline)) void bfloat16_block(const uint8_t* w, int64_t k, RowSe
 
 namespace avx512 {
 
-void few_exact(const Weights& w, const Rows& rows) {
-  with_decoder(w, [&](const auto& decoder) {
+void few_exact(const Weights* w, const Rows* rows, int count) {
+  with_decoder(*w, [&](const auto& decoder) {
     using Decoder = std::decay_t<decltype(decoder)>;
-    const FloatRows x = ordered_rows<Decoder>(rows, w.columns);
+    const FloatRows x = ordered_rows<Decoder>(*rows, w->columns);
     const int64_t batch = 16 / Decoder::groups * Decoder::unit;
-    for_blocks(w.rows, w.row_bytes(), w.columns, batch, rows, [&](RowSet n, Span span, int64_t m, auto R, auto M, float* sums) {
-      exact_block<Decoder, R, M>(w, decoder, n, span, x.strip(m), sums);
-    });
+    for_blocks(row_counts(w, count), w->row_bytes(), w->columns, batch, rows,
+               [&](size_t i, RowSet n, Span span, int64_t m, auto R, auto M, float* sums) {
+                 exact_block<Decoder, R, M>(w[i], decoder, n, span, x.strip(m), sums);
+               });
   });
 }
 
 void multiply_bfloat16(const void* w, int64_t n, int64_t k, const Rows& rows) {
   const FloatRows x = ordered_rows<Bfloat16Pairs>(rows, k);
   const auto* weights = static_cast<const uint8_t*>(w);
-  for_blocks(n, 2 * k, k, 32, rows, [&](RowSet set, Span span, int64_t m, auto R, auto M, float* sums) {
+  for_blocks({n}, 2 * k, k, 32, &rows, [&](size_t, RowSet set, Span span, int64_t m, auto R, auto M, float* sums) {
     bfloat16_block<R, M>(weights, k, set, span, x.strip(m), sums);
   });
 }

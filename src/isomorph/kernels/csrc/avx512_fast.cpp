@@ -214,22 +214,23 @@ __attribute__((noinline)) void lanes_block(const Weights& w, CodeBytes<bits, fp4
 }
 
 template <int H>
-void multiply_lanes(const Weights& w, const CodedRows& coded, const Rows& rows) {
-  if (w.bits == 4) part_nibbles(coded, rows.count);
-  const WordRows x = word_rows(coded, rows.count, H, w.groups());
-  const int64_t apart = std::max<int64_t>(1, w.rows / kLanes), last = w.rows - 1;
-  with_bits(w, [&](auto codes) {
-    parallel(apart, std::max<int64_t>(1, std::min<int64_t>(apart / (8 * thread_count()), 16)), [&](int64_t begin, int64_t end) {
-      if (end == apart && w.rows > apart * kLanes) ++end;  // the rows that do not make sixteen
-      auto* sums = static_cast<float*>(scratch(kPartSlot, size_t((end - begin) * x.strips * H * kLanes) * 4));
+void multiply_lanes(const Weights* w, const CodedRows& coded, const Rows* rows, int count) {
+  if (w->bits == 4) part_nibbles(coded, rows->count);
+  const WordRows x = word_rows(coded, rows->count, H, w->groups());
+  std::vector<Blocks> matrices;
+  std::vector<int64_t> counts;
+  for (int i = 0; i < count; ++i) matrices.emplace_back(w[i].rows, kLanes), counts.push_back(matrices.back().apart);
+  with_bits(*w, [&](auto codes) {
+    parallel_blocks(counts, 2, [&](size_t matrix, int64_t begin, int64_t end) {
+      const Blocks& blocks = matrices[matrix];
+      end += end == blocks.apart && blocks.rest();
+      const int64_t height = x.strips * H;
+      auto* sums = static_cast<float*>(scratch(kPartSlot, size_t((end - begin) * height * kLanes) * 4));
       for (int64_t i = begin; i < end; ++i)
         for (int64_t s = 0; s < x.strips; ++s)
-          lanes_block<H>(w, codes, rows_of(i, apart, kLanes, last), x, s, sums + ((i - begin) * x.strips + s) * H * kLanes);
-      // Results of neighbouring chunks share cache lines: they are written together.
-      for (int64_t m = 0; m < rows.count; ++m)
-        for (int lane = 0; lane < kLanes; ++lane)
-          for (int64_t i = begin; i < end; ++i)
-            store_float(rows.y_type, rows.y[m], rows_of(i, apart, kLanes, last)[lane], sums[((i - begin) * x.strips * H + m) * kLanes + lane]);
+          lanes_block<H>(w[matrix], codes, blocks[i], x, s, sums + ((i - begin) * height + s * H) * kLanes);
+      for (int64_t m = 0; m < rows->count; ++m)
+        blocks.store(rows[matrix], m, begin, end, sums + m * kLanes, height * kLanes, 1);
     });
   });
 }
@@ -238,14 +239,15 @@ void multiply_lanes(const Weights& w, const CodedRows& coded, const Rows& rows) 
 
 namespace avx512 {
 
-void few_fast(const Weights& w, const Rows& rows) {
-  const CodedRows x = code_rows_512(rows, w.columns, w.group);
-  if (rows.count > 4) return multiply_lanes<8>(w, x, rows);
-  if (rows.count > 2) return multiply_lanes<4>(w, x, rows);
-  with_codes(w, [&](auto codes, auto group) {
-    for_blocks(w.rows, w.row_bytes(), w.columns, 16 * group, rows, [&](RowSet n, Span span, int64_t m, auto R, auto M, float* sums) {
-      if constexpr (M <= 2) fast_block<decltype(codes), group, R, M>(w, n, span, x, m, sums);
-    });
+void few_fast(const Weights* w, const Rows* rows, int count) {
+  const CodedRows x = code_rows_512(*rows, w->columns, w->group);
+  if (rows->count > 4) return multiply_lanes<8>(w, x, rows, count);
+  if (rows->count > 2) return multiply_lanes<4>(w, x, rows, count);
+  with_codes(*w, [&](auto codes, auto group) {
+    for_blocks(row_counts(w, count), w->row_bytes(), w->columns, 16 * group, rows,
+               [&](size_t i, RowSet n, Span span, int64_t m, auto R, auto M, float* sums) {
+                 if constexpr (M <= 2) fast_block<decltype(codes), group, R, M>(w[i], n, span, x, m, sums);
+               });
   });
 }
 

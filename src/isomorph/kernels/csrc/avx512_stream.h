@@ -4,6 +4,8 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <numeric>
+#include <vector>
 
 #include "backend.h"
 #include "pool.h"
@@ -27,11 +29,6 @@ struct RowSet {
   int64_t operator[](int r) const { return std::min(first + r * apart, last); }
   RowSet from(int r) const { return {first + r * apart, apart, last}; }
 };
-
-// Block i of weight rows: streams `apart` from one another, or at the end the rows that do not make a block of `size`.
-inline RowSet rows_of(int64_t i, int64_t apart, int size, int64_t last) {
-  return i < apart ? RowSet{i, apart, last} : RowSet{apart * size, 1, last};
-}
 
 // Columns of one pass, and how far ahead in the stream of a weight row its bytes are fetched.
 struct Span {
@@ -65,43 +62,92 @@ inline void prefetch(const void* p, int64_t ahead) {
   _mm_prefetch(static_cast<const char*>(p) + ahead, _MM_HINT_T0);
 }
 
-// Calls block(n, span, m0, R, M, sums [R][M]) until all of `rows` are multiplied with all weight rows; R and M are
-// compile-time constants. `batch` columns cannot be divided between passes.
+// Matrices that share their activations are worked on as if they lay behind one another: work(i, begin, end) is called in
+// parallel for blocks of matrix i, of which there are blocks[i].
+template <class Work>
+void parallel_blocks(const std::vector<int64_t>& blocks, int64_t grain, const Work& work) {
+  parallel(std::accumulate(blocks.begin(), blocks.end(), int64_t(0)), grain, [&](int64_t begin, int64_t end) {
+    for (size_t i = 0; i < blocks.size(); begin -= blocks[i], end -= blocks[i], ++i) {
+      const int64_t from = std::max<int64_t>(0, begin), to = std::min(end, blocks[i]);
+      if (from < to) work(i, from, to);
+    }
+  });
+}
+
+// Blocks of `size` weight rows, see RowSet, and the rows at the end that do not make one.
+struct Blocks {
+  int64_t apart, last;
+  int size;
+
+  Blocks(int64_t rows, int size) : apart(std::max<int64_t>(1, rows / size)), last(rows - 1), size(size) {}
+  bool rest() const { return last >= apart * size; }
+  RowSet operator[](int64_t i) const { return i < apart ? RowSet{i, apart, last} : RowSet{apart * size, 1, last}; }
+
+  // Results of activation row m: sums[(i - begin) * stride + lane * step] of block i. Neighbouring chunks share cache lines,
+  // so that a chunk's results are written together.
+  void store(const Rows& rows, int64_t m, int64_t begin, int64_t end, const float* sums, int64_t stride, int64_t step) const {
+    for (int lane = 0; lane < size && begin + lane * apart <= last; ++lane) {
+      const int64_t first = begin + lane * apart, count = std::min(end, apart) - begin;
+      const float* from = sums + lane * step;
+      if (rows.y_type == Type::bfloat16) {
+        char* to = static_cast<char*>(rows.y[m]) + 2 * first;
+        for (int64_t i = 0; i < count; ++i) {
+          const uint16_t bits = to_bfloat16(from[i * stride]);
+          std::memcpy(to + 2 * i, &bits, 2);
+        }
+      } else {
+        for (int64_t i = 0; i < count; ++i) store_float(rows.y_type, rows.y[m], first + i, from[i * stride]);
+      }
+    }
+    for (int lane = 0; end > apart && apart * size + lane <= last; ++lane)
+      store_float(rows.y_type, rows.y[m], apart * size + lane, sums[(apart - begin) * stride + lane * step]);
+  }
+};
+
+// Calls block(i, n, span, m0, R, M, sums [R][M]) until the x of `rows` is multiplied with all rows of the matrices, of
+// weight_rows[i] rows each; R and M are compile-time constants. `batch` columns cannot be divided between passes.
 template <class Block>
-void for_blocks(int64_t weight_rows, int64_t row_bytes, int64_t columns, int64_t batch, const Rows& rows, const Block& block) {
-  const int64_t apart = std::max<int64_t>(1, weight_rows / kStreams), last = weight_rows - 1;
-  // A chunk of work is long enough to stream and short enough to share evenly.
-  const int64_t fair = apart / (8 * thread_count()), most = (int64_t(1) << 16) / std::max<int64_t>(1, row_bytes);
+void for_blocks(const std::vector<int64_t>& weight_rows, int64_t row_bytes, int64_t columns, int64_t batch, const Rows* rows,
+                const Block& block) {
+  std::vector<Blocks> matrices;
+  std::vector<int64_t> counts;
+  for (int64_t size : weight_rows) matrices.emplace_back(size, kStreams), counts.push_back(matrices.back().apart);
   auto strips = [&](auto R, auto M) {
     const int64_t near = std::max<int64_t>(1, kNearBytes / (4 * M * batch)) * batch;
-    parallel(apart, std::max<int64_t>(1, std::min(fair, most)), [&](int64_t begin, int64_t end) {
-      if (end == apart && weight_rows > apart * kStreams) ++end;  // the rows that do not make four
+    const int64_t grain = std::max<int64_t>(1, (int64_t(1) << 13) / std::max<int64_t>(1, row_bytes));
+    parallel_blocks(counts, grain, [&](size_t matrix, int64_t begin, int64_t end) {
+      const Blocks& blocks = matrices[matrix];
+      const Rows& results = rows[matrix];
+      end += end == blocks.apart && blocks.rest();
       auto* sums = static_cast<float*>(scratch(kPartSlot, size_t((end - begin) * kStreams * M) * 4));
-      for (int64_t m0 = 0; m0 < rows.count; m0 += M) {
+      for (int64_t m0 = 0; m0 < results.count; m0 += M) {
         std::memset(sums, 0, size_t((end - begin) * kStreams * M) * 4);
         for (int64_t k = 0; k < columns; k += near) {
           // The stream of a pass over some of the columns goes on in the next row.
           const int64_t part = std::min(near, columns - k) * row_bytes / columns;
-          const int64_t ahead = part == row_bytes ? kAhead : (kAhead + part - 1) / part * row_bytes;
+          const Span span{k, std::min(columns, k + near), part == row_bytes ? kAhead : (kAhead + part - 1) / part * row_bytes};
           for (int64_t i = begin; i < end; ++i)
             for (int r = 0; r < kStreams; r += R)
-              block(rows_of(i, apart, kStreams, last).from(r), Span{k, std::min(columns, k + near), ahead}, m0, R, M, sums + ((i - begin) * kStreams + r) * M);
+              block(matrix, blocks[i].from(r), span, m0, R, M, sums + ((i - begin) * kStreams + r) * M);
         }
-        // Results of neighbouring chunks share cache lines: they are written together.
-        for (int m = 0; m < M && m0 + m < rows.count; ++m)
-          for (int r = 0; r < kStreams; ++r)
-            for (int64_t i = begin; i < end; ++i)
-              store_float(rows.y_type, rows.y[m0 + m], rows_of(i, apart, kStreams, last)[r], sums[((i - begin) * kStreams + r) * M + m]);
+        for (int m = 0; m < M && m0 + m < results.count; ++m)
+          blocks.store(results, m0 + m, begin, end, sums + m, kStreams * M, M);
       }
     });
   };
   using std::integral_constant;
-  switch (strip_rows(rows.count)) {
+  switch (strip_rows(rows->count)) {
     case 1: return strips(integral_constant<int, 4>(), integral_constant<int, 1>());
     case 2: return strips(integral_constant<int, 4>(), integral_constant<int, 2>());
     case 4: return strips(integral_constant<int, 4>(), integral_constant<int, 4>());
     default: return strips(integral_constant<int, 2>(), integral_constant<int, 8>());
   }
+}
+
+inline std::vector<int64_t> row_counts(const Weights* w, int count) {
+  std::vector<int64_t> out;
+  for (int i = 0; i < count; ++i) out.push_back(w[i].rows);
+  return out;
 }
 
 }  // namespace

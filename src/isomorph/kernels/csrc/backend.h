@@ -16,8 +16,9 @@ struct Rows {
 
 struct Backend {
   const char* name;
-  // y = x @ dequantized(w)^T. exact: activations as given, fp32 accumulation; fast: int8 activations per group.
-  void (*multiply)(const Weights& w, const Rows& rows, bool fast);
+  // y = x @ dequantized(w)^T for each of `count` weights of one format and width, whose rows have the same x and types.
+  // exact: activations as given, fp32 accumulation; fast: int8 activations per group.
+  void (*multiply)(const Weights* w, const Rows* rows, int count, bool fast);
   // y = x @ w^T for bfloat16 w [n, k], contiguous.
   void (*multiply_bfloat16)(const void* w, int64_t n, int64_t k, const Rows& rows);
   // out[i] = dequantized row indices[i] of w (rows 0..count-1 when indices is null), contiguous; one rounding to `type`.

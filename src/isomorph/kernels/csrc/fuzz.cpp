@@ -78,7 +78,20 @@ bool one(std::mt19937& random, const Backend& backend, const std::string& fault)
     for (int64_t k = 0; k < w.columns; ++k) store_float(x_type, const_cast<void*>(x_rows.back()), k, normal(random));
   }
   set_thread_count(1 + int(random() % 3));
-  backend.multiply(w, {count, x_rows.data(), x_type, y_rows.data(), y_type}, fast);
+  const Rows rows{count, x_rows.data(), x_type, y_rows.data(), y_type};
+  if (random() % 2) {
+    backend.multiply(&w, &rows, 1, fast);
+  } else {  // as two matrices that share their activations
+    Weights parts[2] = {w, w};
+    parts[0].rows = int64_t(random()) % w.rows, parts[1].rows = w.rows - parts[0].rows;
+    const int64_t cut = parts[0].rows;
+    parts[1].codes += cut * w.row_bytes();
+    parts[1].scales = scales.data + cut * groups * scale_bytes, parts[1].biases = biases.data + cut * groups * scale_bytes;
+    std::vector<void*> later;
+    for (void* y_row : y_rows) later.push_back(static_cast<char*>(y_row) + cut * size_of(y_type));
+    const Rows results[2] = {rows, {count, x_rows.data(), x_type, later.data(), y_type}};
+    backend.multiply(parts + (cut == 0), results + (cut == 0), cut == 0 ? 1 : 2, fast);
+  }
   if (fault == "wrong") store_float(y_type, y_rows[0], 0, load_float(y_type, y_rows[0], 0) * 1.02f + 1e-3f);
 
   std::vector<float> row(static_cast<size_t>(w.columns));

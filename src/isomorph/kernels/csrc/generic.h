@@ -151,14 +151,18 @@ void dispatch_fast(const Weights& w, const Rows& rows, const CodedRows& x, int64
 }
 
 template <class V>
-void multiply(const Weights& w, const Rows& rows, bool fast) {
-  const float* x = float_rows(rows, w.columns);
-  int64_t grain = grain_rows(w.row_bytes());
-  if (fast && w.mode == Mode::affine) {
-    CodedRows coded = code_rows(rows, x, w.columns, w.group);
-    parallel(w.rows, grain, [&](int64_t begin, int64_t end) { dispatch_fast<V>(w, rows, coded, begin, end); });
-  } else {
-    parallel(w.rows, grain, [&](int64_t begin, int64_t end) { dispatch_exact<V>(w, rows, x, begin, end); });
+void multiply(const Weights* weights, const Rows* results, int count, bool fast) {
+  const float* x = float_rows(results[0], weights[0].columns);
+  const bool coded = fast && weights[0].mode == Mode::affine;
+  CodedRows codes{};
+  if (coded) codes = code_rows(results[0], x, weights[0].columns, weights[0].group);
+  for (int i = 0; i < count; ++i) {
+    const Weights& w = weights[i];
+    const Rows& rows = results[i];
+    parallel(w.rows, grain_rows(w.row_bytes()), [&](int64_t begin, int64_t end) {
+      if (coded) dispatch_fast<V>(w, rows, codes, begin, end);
+      else dispatch_exact<V>(w, rows, x, begin, end);
+    });
   }
 }
 

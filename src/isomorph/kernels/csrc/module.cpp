@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <memory>
 #include <stdexcept>
 
 #include "dispatch.h"
@@ -68,9 +69,33 @@ void multiply(const Packed& w, uintptr_t x, int x_type, int64_t x_stride, int64_
   for (int64_t start = 0; start < count; start += kBlockRows) {
     RowPointers pointers;
     for (int64_t m = start; m < std::min(count, start + kBlockRows); ++m) pointers.add(x, x_bytes, y, y_bytes, m, m);
-    backend().multiply(w.weights, pointers.rows(Type(x_type), Type(y_type)), fast);
+    const Rows rows = pointers.rows(Type(x_type), Type(y_type));
+    backend().multiply(&w.weights, &rows, 1, fast);
   }
 }
+
+// Several products with the same x: y[i] is contiguous [count, rows of w[i]].
+struct Together {
+  std::vector<Weights> weights;
+  std::vector<RowPointers> pointers;
+  std::vector<Rows> rows;
+
+  Together(const std::vector<const Packed*>& packed, uintptr_t x, int x_type, int64_t x_stride, int64_t count,
+           const std::vector<uintptr_t>& y, int y_type)
+      : pointers(packed.size()) {
+    if (packed.empty() || packed.size() != y.size() || count < 1)
+      throw std::invalid_argument("expected a result for each product, and rows");
+    for (size_t i = 0; i < packed.size(); ++i) {
+      const Weights &w = packed[i]->weights, &first = packed[0]->weights;
+      if (w.mode != first.mode || w.bits != first.bits || w.group != first.group || w.columns != first.columns)
+        throw std::invalid_argument("weights of different formats");
+      for (int64_t m = 0; m < count; ++m)
+        pointers[i].add(x, x_stride * size_of(Type(x_type)), y[i], w.rows * size_of(Type(y_type)), m, m);
+      weights.push_back(w);
+      rows.push_back(pointers[i].rows(Type(x_type), Type(y_type)));
+    }
+  }
+};
 
 // Row i of y is row i / repeats of x times the expert experts[i]; only the experts named are read.
 void multiply_experts(const Packed& w, uintptr_t x, int x_type, int64_t x_stride, int64_t repeats, uintptr_t experts,
@@ -82,8 +107,11 @@ void multiply_experts(const Packed& w, uintptr_t x, int x_type, int64_t x_stride
   const int64_t x_bytes = x_stride * size_of(Type(x_type)), y_bytes = w.weights.rows * size_of(Type(y_type));
   for (int64_t i = 0; i < count; ++i) by_expert[size_t(chosen[i])].add(x, x_bytes, y, y_bytes, i / repeats, i);
   for (int64_t e = 0; e < w.experts; ++e)
-    if (!by_expert[size_t(e)].x.empty())
-      backend().multiply(w.expert(e), by_expert[size_t(e)].rows(Type(x_type), Type(y_type)), fast);
+    if (!by_expert[size_t(e)].x.empty()) {
+      const Weights expert = w.expert(e);
+      const Rows rows = by_expert[size_t(e)].rows(Type(x_type), Type(y_type));
+      backend().multiply(&expert, &rows, 1, fast);
+    }
 }
 
 void multiply_bfloat16(uintptr_t w, int64_t n, int64_t k, uintptr_t x, int x_type, int64_t x_stride, int64_t count, uintptr_t y,
@@ -179,8 +207,13 @@ void bind_step(nb::module_& m) {
              self.add(Attention{q, k, v, out, layer, scale, window, cap, reinterpret_cast<const float*>(sinks)});
            })
       .def("multiply",
-           [](Step& self, const Packed& w, uintptr_t x, int x_type, int64_t x_stride, int64_t count, uintptr_t y, int y_type,
-              bool fast) { self.add([=](const Slots&) { multiply(w, x, x_type, x_stride, count, y, y_type, fast); }); })
+           [](Step& self, const std::vector<const Packed*>& w, uintptr_t x, int x_type, int64_t x_stride, int64_t count,
+              const std::vector<uintptr_t>& y, int y_type, bool fast) {
+             auto all = std::make_shared<Together>(w, x, x_type, x_stride, count, y, y_type);
+             self.add([all, fast](const Slots&) {
+               backend().multiply(all->weights.data(), all->rows.data(), int(all->weights.size()), fast);
+             });
+           })
       .def("dequantize",
            [](Step& self, const Packed& w, uintptr_t indices, int64_t count, uintptr_t out, int type) {
              self.add([=](const Slots&) { dequantize(w, indices, count, out, type); });

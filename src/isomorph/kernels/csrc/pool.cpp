@@ -39,13 +39,17 @@ struct Job {
   const std::function<void(int64_t, int64_t)>* body;
   int64_t size;
   int64_t grain;
+  int64_t threads;
   std::atomic<int64_t> next{0};
 
+  // Chunks shrink as the work does: long streams first, and all threads done at the same time.
   void work() {
-    for (;;) {
-      int64_t begin = next.fetch_add(grain, std::memory_order_relaxed);
-      if (begin >= size) return;
-      (*body)(begin, std::min(size, begin + grain));
+    int64_t begin = next.load(std::memory_order_relaxed);
+    while (begin < size) {
+      const int64_t end = std::min(size, begin + std::max(grain, (size - begin) / (4 * threads)));
+      if (!next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
+      (*body)(begin, end);
+      begin = next.load(std::memory_order_relaxed);
     }
   }
 };
@@ -191,7 +195,7 @@ void parallel(int64_t n, int64_t grain, const std::function<void(int64_t, int64_
     body(0, n);
     return;
   }
-  Job job{&body, n, grain};
+  Job job{&body, n, grain, g_threads};
   if (g_gomp) {
     g_gomp([](void* data) { static_cast<Job*>(data)->work(); }, &job, unsigned(g_threads), 0);
   } else {

@@ -14,7 +14,7 @@ void set_thread_count(int threads);
 bool borrow_openmp();  // true when a loaded libgomp was found and is used from now on
 const char* pool_name();
 
-// `grain` is the smallest chunk; chunks are handed out dynamically.
+// `grain` is the smallest chunk; chunks are handed out dynamically, the largest first.
 void parallel(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body);
 
 // Per-thread scratch memory, 64-byte aligned, contents undefined, valid until the same thread asks for the same slot.

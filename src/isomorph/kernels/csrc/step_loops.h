@@ -13,6 +13,7 @@ namespace isomorph {
 namespace {
 
 constexpr int kChunk = 256;    // values held as floats at a time
+constexpr int kThreadChunks = 16;  // for fewer of them a second thread does not pay
 constexpr int kLanes = 16;     // partial sums, so that a sum vectorizes
 constexpr int kAttentionSlot = 11;
 
@@ -149,17 +150,18 @@ void each_row(const View* const (&views)[N], Body body) {
 void elementwise(const Elementwise& e) {
   const View& second = e.b.data ? e.b : e.a;
   const View* views[3] = {&e.out, &e.a, &second};
-  const int64_t length = e.out.sizes.back();
+  const int64_t length = e.out.sizes.back(), in_out = e.out.strides.back(), in_a = e.a.strides.back(), in_b = second.strides.back();
   each_row(views, [&](const int64_t* offsets) {
-    float a[kChunk], b[kChunk];
-    for (int64_t start = 0; start < length; start += kChunk) {
-      const int count = int(std::min<int64_t>(kChunk, length - start));
-      const int64_t in_out = e.out.strides.back(), in_a = e.a.strides.back(), in_b = second.strides.back();
-      load(e.a.type, e.a.at(offsets[1] + start * in_a), in_a, a, count);
-      if (e.b.data) load(e.b.type, e.b.at(offsets[2] + start * in_b), in_b, b, count);
-      apply(e.operation, a, b, count, e.p, e.q);
-      store(e.out.type, e.out.at(offsets[0] + start * in_out), in_out, a, count);
-    }
+    parallel((length + kChunk - 1) / kChunk, kThreadChunks, [&, to = offsets[0], from = offsets[1], other = offsets[2]](int64_t begin, int64_t end) {
+      float a[kChunk], b[kChunk];
+      for (int64_t start = begin * kChunk; start < std::min(length, end * kChunk); start += kChunk) {
+        const int count = int(std::min<int64_t>(kChunk, length - start));
+        load(e.a.type, e.a.at(from + start * in_a), in_a, a, count);
+        if (e.b.data) load(e.b.type, e.b.at(other + start * in_b), in_b, b, count);
+        apply(e.operation, a, b, count, e.p, e.q);
+        store(e.out.type, e.out.at(to + start * in_out), in_out, a, count);
+      }
+    });
   });
 }
 

@@ -67,7 +67,8 @@ void multiply(const Weights& w, const xla::Buffer& x, const xla::Buffer& y, cons
   constexpr size_t kBlockRows = 2040;
   for (size_t start = 0; start < from.size(); start += kBlockRows) {
     const int64_t count = int64_t(std::min(kBlockRows, from.size() - start));
-    backend().multiply(w, {count, &from[start], type_of(x), &to[start], type_of(y)}, false);
+    const Rows rows{count, &from[start], type_of(x), &to[start], type_of(y)};
+    backend().multiply(&w, &rows, 1, false);
   }
 }
 
