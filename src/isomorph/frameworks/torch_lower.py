@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from isomorph.kernels import native, ops
+from isomorph.kernels.modules import FEW_ROWS
 from isomorph.quantize.settings import Settings
 
 if TYPE_CHECKING:
@@ -127,9 +128,14 @@ class Program:
             self._elementwise(BINARY[function], out, arguments[0], arguments[1], p=float(factor))
         elif function == aten.cat.default:
             self._join(node)
-        elif function in REDUCTIONS and list(arguments[1]) in ([-1], [arguments[0].ndim - 1]):
-            target = out if out.ndim == arguments[0].ndim else out.unsqueeze(-1)
-            self._step().reduce(REDUCTIONS[function], self._view(target), self._view(arguments[0]))
+        elif function in REDUCTIONS and len(arguments[1]) == 1:
+            (dimension,) = arguments[1]
+            target = out.movedim(dimension, -1) if out.ndim == arguments[0].ndim else out.unsqueeze(-1)
+            self._step().reduce(
+                REDUCTIONS[function], self._view(target), self._view(arguments[0].movedim(dimension, -1))
+            )
+        elif function == aten.addmm.default:
+            return not node.options and self._affine(out, *arguments)
         elif function == aten._softmax.default and arguments[1] in (-1, arguments[0].ndim - 1):
             self._step().softmax(self._view(out), self._view(arguments[0]))
         elif function == aten.native_layer_norm.default and len(arguments[1]) == 1:
@@ -148,6 +154,23 @@ class Program:
         for part in node.arguments[0]:
             self._elementwise("copy", node.result.narrow(dimension, start, part.shape[dimension]), part)
             start += part.shape[dimension]
+
+    def _affine(self, out: torch.Tensor, bias: torch.Tensor, x: torch.Tensor, matrix: torch.Tensor) -> bool:
+        """`bias + x @ matrix` of few bfloat16 rows, such as a router's: rounded once, after the bias, as torch does."""
+        weight = matrix.T
+        if (
+            {x.dtype, weight.dtype} != {torch.bfloat16}
+            or not (native.extension().has_wide() and weight.is_contiguous() and x.stride(1) == 1)
+            or x.shape[0] > FEW_ROWS
+        ):
+            return False
+        product = torch.empty(out.shape, dtype=torch.float32)
+        self._kept.append((product, weight))
+        given = x.data_ptr(), native.TYPES[x.dtype], x.stride(0), x.shape[0]
+        target = product.data_ptr(), native.TYPES[product.dtype]
+        self._step().multiply_bfloat16(weight.data_ptr(), *weight.shape, *given, *target)
+        self._elementwise("add", out, product, bias)
+        return True
 
     def _layer_norm(self, out: torch.Tensor, x: torch.Tensor, shape: Any, weight: Any, bias: Any, eps: float) -> None:
         parts = [None if part is None else part.contiguous() for part in (weight, bias)]
