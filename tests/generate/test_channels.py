@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,16 +10,19 @@ import pytest
 
 from fake_model import FakeModel, scripted_rule
 from isomorph.errors import InputError
-from isomorph.generate import Conversation, encode, encode_messages, generate, stream
+from isomorph.generate import Conversation, encode, encode_messages, generate, stop_rules, stream
 from isomorph.generate.channels import ChannelMessage, ChannelText
 
-MARKS = ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>"]
+MARKS = ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>", "<|endoftext|>"]
 
 TEMPLATE = (
     "<|start|>system<|message|>Reasoning: {{ reasoning_effort | default('medium') }}<|end|>"
-    "{% for message in messages %}<|start|>{{ message.role }}"
-    "{% if message.role == 'assistant' %}<|channel|>final{% endif %}"
-    "<|message|>{{ message.content }}<|end|>{% endfor %}<|start|>assistant"
+    "{% for tool in tools or [] %}<|start|>developer<|message|>{{ tool.function.name }}<|end|>{% endfor %}"
+    "{% for message in messages %}{% for call in message.tool_calls or [] %}"
+    "<|start|>assistant<|channel|>commentary to=functions.{{ call.function.name }}<|message|>"
+    "{{ call.function.arguments }}<|call|>{% endfor %}"
+    "{% if message.content %}<|start|>{{ message.role }}{% if message.role == 'assistant' %}<|channel|>final{% endif %}"
+    "<|message|>{{ message.content }}<|end|>{% endif %}{% endfor %}<|start|>assistant"
 )
 
 
@@ -128,3 +132,35 @@ def test_plain_prompts_are_continued_as_text(tokenizer: Any) -> None:
     model = FakeModel(scripted_rule(ids(tokenizer, " end<|return|>"), 3, len(tokenizer)), len(tokenizer), 99, tokenizer)
     assert len(encode(model, "the")) == 3
     assert generate(model, "the").text == " end"
+
+
+CALL = (
+    "<|channel|>analysis<|message|>I look.<|end|>"
+    "<|start|>assistant<|channel|>commentary to=functions.clock<|message|>{}"
+)
+TOOLS = [{"type": "function", "function": {"name": "clock", "parameters": {}}}]
+
+
+def test_a_call_of_a_tool_ends_the_answer_and_its_result_continues_it(tokenizer: Any) -> None:
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "what time is it?"}]
+    model = model_that_says(tokenizer, CALL + "<|call|>more", messages, tools=TOOLS)
+    result = generate(model, messages, chat_template={"tools": TOOLS})
+    assert (result.text, result.finish_reason) == ("", "stop")
+    assert result.messages[-1] == ChannelMessage("commentary", "functions.clock", "{}")
+    call = {"type": "function", "function": {"name": "clock", "arguments": "{}"}}
+    messages += [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "noon"}]
+    prompt = tokenizer.decode(encode_messages(model, messages, {"tools": TOOLS}))
+    assert "to=functions.clock<|message|>{}<|call|><|start|>tool<|message|>noon<|end|>" in prompt
+    with pytest.raises(InputError, match="a role and a content"):
+        encode_messages(model, [{"role": "assistant"}])
+
+
+def test_what_ends_an_answer(tokenizer: Any) -> None:
+    """gpt-oss' stop set by name (200002, 200012, 199999 there); `<|end|>` (200007) never, whatever a file says."""
+    model = FakeModel(lambda tokens: np.zeros(1), len(tokenizer), 99, tokenizer)
+    model.architecture = "gpt_oss"
+    known = tokenizer.get_added_vocab()
+    ends = {known[name] for name in ("<|return|>", "<|call|>", "<|endoftext|>")}
+    assert stop_rules(model).ids == ends
+    model.config = SimpleNamespace(eos_token_id=[known["<|end|>"], known["<|return|>"]])
+    assert stop_rules(model).ids == ends

@@ -18,6 +18,9 @@ from isomorph.generate.text import AnswerText
 
 START, CHANNEL, MESSAGE, END = "<|start|>", "<|channel|>", "<|message|>", "<|end|>"
 
+#: What ends an answer: it is done, it calls a tool, the document ends. `<|end|>` only ends one of its messages.
+ANSWER_ENDS = ("<|return|>", "<|call|>", "<|endoftext|>")
+
 #: The channel that a user reads; what comes before any header counts as it.
 FINAL = "final"
 
@@ -120,6 +123,14 @@ class ChannelText:
 
     def _shown(self, piece: str) -> str:
         return piece if self._channel == FINAL or self._show_analysis else ""
+
+
+def answer_ends(tokenizer: Any, ids: set[int]) -> set[int]:
+    """`ids` that end an answer as the files say, and as harmony does where the tokenizer has channels."""
+    if not has_channels(tokenizer):
+        return ids
+    vocabulary = tokenizer.get_added_vocab()
+    return (ids | {vocabulary[name] for name in ANSWER_ENDS if name in vocabulary}) - {vocabulary[END]}
 
 
 def has_channels(tokenizer: Any) -> bool:

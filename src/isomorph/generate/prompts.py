@@ -57,9 +57,9 @@ def encode_messages(model: Model, messages: Messages, chat_template: Mapping[str
     `chat_template` holds further values for the template, such as `reasoning_effort` or `tools`.
     """
     for message in messages:
-        if not isinstance(message, Mapping) or not all(
-            isinstance(message.get(key), str) for key in ("role", "content")
-        ):
+        # A message that calls tools may say nothing.
+        said = ("role",) if isinstance(message, Mapping) and message.get("tool_calls") else ("role", "content")
+        if not isinstance(message, Mapping) or not all(isinstance(message.get(key), str) for key in said):
             raise InputError(f"expected messages with a role and a content, both text; found {message!r}"[:300])
     if model.tokenizer is None:
         raise InputError(

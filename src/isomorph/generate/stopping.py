@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isomorph.errors import InputError
+from isomorph.generate.channels import answer_ends
 
 if TYPE_CHECKING:
     from isomorph.frameworks.model import Model
@@ -27,8 +28,8 @@ def stop_rules(model: Model, options: Options | None = None) -> StopRules:
     """The rules of `model`, with the caller's own stop strings.
 
     Ids: `eos_token_id` of generation_config.json, of config.json and of the tokenizer (files disagree, and each alone
-    has been wrong), and the special tokens by which our architectures mark turns. A marker that the model writes out as
-    plain text stops it too. Raises InputError for stop strings without a tokenizer.
+    has been wrong), and the special tokens by which our architectures mark turns or harmony ends an answer. A marker
+    that the model writes out as plain text stops it too. Raises InputError for stop strings without a tokenizer.
     """
     ids = {*_ids(getattr(model.config, "eos_token_id", None)), *_ids(getattr(model.tokenizer, "eos_token_id", None))}
     if model.source is not None:
@@ -36,7 +37,7 @@ def stop_rules(model: Model, options: Options | None = None) -> StopRules:
         for name in ("generation_config.json", "config.json"):
             ids.update(_ids(_read(folder / name).get("eos_token_id")))
     markers = chat_markers(model)
-    ids.update(markers.values())
+    ids = answer_ends(model.tokenizer, ids | set(markers.values()))
     strings = options.stop_strings if options is not None else ()
     if strings and model.tokenizer is None:
         raise InputError(
