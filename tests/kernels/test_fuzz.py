@@ -1,4 +1,7 @@
-"""Random products under AddressSanitizer and UBSan: shapes, strides, alignments, bits, groups, modes."""
+"""Random products, steps and packings under AddressSanitizer and UBSan: shapes, strides, alignments, formats.
+
+The quick tests compile a sample of the formats (`-DSAMPLE=ON`), the full ones all of them.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
-pytestmark = pytest.mark.full  # minutes of compiling on two cores
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "src" / "isomorph" / "kernels" / "csrc"
@@ -32,29 +33,46 @@ def run(*command: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(part) for part in command], capture_output=True, text=True)
 
 
-@pytest.fixture(scope="module")
-def sanitized() -> Path:
-    return build(ROOT / "build" / "sanitized", "-DSANITIZE=ON")
+FAULTS = {"wrong": "expected", "overrun": "heap-buffer-overflow"}
 
 
 def assert_clean(done: subprocess.CompletedProcess[str]) -> None:
     assert done.returncode == 0 and "products right" in done.stdout, done.stdout[-500:] + done.stderr[-3000:]
 
 
-def test_a_sample_of_products_is_clean(sanitized):
-    assert_clean(run(sanitized, 4, os.getpid()))
+@pytest.fixture(scope="module")
+def sample() -> Path:
+    return build(ROOT / "build" / "sanitized-sample", "-DSANITIZE=ON", "-DSAMPLE=ON")
 
 
-@pytest.mark.parametrize(("fault", "message"), [("wrong", "expected"), ("overrun", "heap-buffer-overflow")])
-def test_faults_are_found(sanitized, fault, message):
-    done = run(sanitized, 20, 1, fault)
-    assert done.returncode != 0 and message in done.stdout + done.stderr
+def test_a_sample_is_clean(sample):
+    assert_clean(run(sample, 4, os.getpid()))
+
+
+@pytest.mark.parametrize("part", ["products", "step"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_found(sample, fault, part):
+    done = run(sample, 20, 1, fault, part)
+    assert done.returncode != 0 and FAULTS[fault] in done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def sanitized() -> Path:
+    return build(ROOT / "build" / "sanitized", "-DSANITIZE=ON")
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("seed", range(3))
-def test_products_are_clean(sanitized, seed):
-    assert_clean(run(sanitized, 60, seed))
+@pytest.mark.parametrize("part", ["products", "step", "codec"])
+@pytest.mark.parametrize("seed", range(2))
+def test_everything_is_clean(sanitized, seed, part):
+    assert_clean(run(sanitized, 40, seed, "none", part))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_of_packing_are_found(sanitized, fault):
+    done = run(sanitized, 20, 1, fault, "codec")
+    assert done.returncode != 0 and FAULTS[fault] in done.stdout + done.stderr
 
 
 @pytest.mark.full

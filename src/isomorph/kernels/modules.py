@@ -222,7 +222,7 @@ class QuantizedExperts(nn.Module):
 
 
 #: Rows up to which our own product with bfloat16 weights reads them faster than torch's.
-FEW_ROWS = 2
+FEW_ROWS = 16
 
 
 class Bfloat16Linear(nn.Linear):

@@ -98,24 +98,17 @@ inline void part_nibbles(const CodedRows& x, int64_t count) {
 
 // Calls f(codes) with what reads w.
 template <class F>
-void with_bits(const Weights& w, const F& f) {
+void with_codes(const Weights& w, const F& f) {
   if (w.mode != Mode::affine) return f(CodeBytes<4, true>());
-  switch (w.bits) {
-    case 2: return f(CodeBytes<2>());
-    case 3: return f(CodeBytes<3>());
-    case 4: return f(CodeBytes<4>());
-    case 5: return f(CodeBytes<5>());
-    case 6: return f(CodeBytes<6>());
-    default: return f(CodeBytes<8>());
-  }
+  with_bits(w.bits, [&](auto bits) { f(CodeBytes<bits>()); });
 }
 
 // Calls f(codes, group), group being a compile-time constant.
 template <class F>
-void with_codes(const Weights& w, const F& f) {
+void with_grouped_codes(const Weights& w, const F& f) {
   using std::integral_constant;
   if (w.mode != Mode::affine) return f(CodeBytes<4, true>(), integral_constant<int, 32>());
-  with_bits(w, [&](auto codes) {
+  with_codes(w, [&](auto codes) {
     switch (w.group) {
       case 32: return f(codes, integral_constant<int, 32>());
       case 64: return f(codes, integral_constant<int, 64>());

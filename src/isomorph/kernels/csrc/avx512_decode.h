@@ -226,18 +226,6 @@ inline void load_terms(const Weights& w, int64_t base, int64_t groups, int64_t u
 }
 
 // Calls f(decoder) with what reads w.
-template <int group, class F>
-void with_affine(int bits, const F& f) {
-  switch (bits) {
-    case 2: return f(TableWeights<2, group>());
-    case 3: return f(TableWeights<3, group>());
-    case 4: return f(TableWeights<4, group>());
-    case 5: return f(TwoTableWeights<group>());
-    case 6: return f(ComputedWeights<6, group>());
-    default: return f(ComputedWeights<8, group>());
-  }
-}
-
 template <class F>
 void with_decoder(const Weights& w, const F& f) {
   switch (w.mode) {
@@ -246,7 +234,15 @@ void with_decoder(const Weights& w, const F& f) {
     case Mode::nvfp4: return f(Nvfp4Weights());
     default: break;
   }
-  return w.group == 32 ? with_affine<32>(w.bits, f) : with_affine<64>(w.bits, f);
+  auto of_group = [&](auto bits, auto group) {
+    if constexpr (bits <= 4) f(TableWeights<bits, group>());
+    else if constexpr (bits == 5) f(TwoTableWeights<group>());
+    else f(ComputedWeights<bits, group>());
+  };
+  with_bits(w.bits, [&](auto bits) {
+    if (w.group == 32) of_group(bits, std::integral_constant<int, 32>());
+    else of_group(bits, std::integral_constant<int, 64>());
+  });
 }
 
 }  // namespace

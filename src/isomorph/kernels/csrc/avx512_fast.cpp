@@ -220,7 +220,7 @@ void multiply_lanes(const Weights* w, const CodedRows& coded, const Rows* rows, 
   std::vector<Blocks> matrices;
   std::vector<int64_t> counts;
   for (int i = 0; i < count; ++i) matrices.emplace_back(w[i].rows, kLanes), counts.push_back(matrices.back().apart);
-  with_bits(*w, [&](auto codes) {
+  with_codes(*w, [&](auto codes) {
     parallel_blocks(counts, 2, [&](size_t matrix, int64_t begin, int64_t end) {
       const Blocks& blocks = matrices[matrix];
       end += end == blocks.apart && blocks.rest();
@@ -243,7 +243,7 @@ void few_fast(const Weights* w, const Rows* rows, int count) {
   const CodedRows x = code_rows_512(*rows, w->columns, w->group);
   if (rows->count > 4) return multiply_lanes<8>(w, x, rows, count);
   if (rows->count > 2) return multiply_lanes<4>(w, x, rows, count);
-  with_codes(*w, [&](auto codes, auto group) {
+  with_grouped_codes(*w, [&](auto codes, auto group) {
     for_blocks(row_counts(w, count), w->row_bytes(), w->columns, 16 * group, rows,
                [&](size_t i, RowSet n, Span span, int64_t m, auto R, auto M, float* sums) {
                  if constexpr (M <= 2) fast_block<decltype(codes), group, R, M>(w[i], n, span, x, m, sums);

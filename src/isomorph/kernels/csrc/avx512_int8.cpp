@@ -52,7 +52,7 @@ void wide_int8(const Weights& w, const Rows& rows) {
       rows.count, w.columns / 4, kDepth / 4, groups, 2,
       [&](int64_t m) { return coded.codes + m * coded.stride; },
       [&](int t, int64_t m, int64_t g) { return terms[t][m * groups + g]; });
-  with_bits(w, [&](auto codes) {
+  with_codes(w, [&](auto codes) {
     multiply_panels<Int8>(w, rows, x, [&](int64_t n0, int64_t k0, int64_t length, const Panel& panel) {
       panel_codes(w, codes, n0, k0, length, panel);
     });

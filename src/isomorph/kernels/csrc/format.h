@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 namespace isomorph {
 
@@ -124,6 +125,23 @@ static inline float load_scale(const Weights& w, int64_t index) {
 
 static inline float load_bias(const Weights& w, int64_t index) {
   return w.mode == Mode::affine ? load_float(w.scale_type, w.biases, index) : 0.f;
+}
+
+// Calls f(bits) for the bits of an affine code as a compile-time constant. The sanitized sample of the quick tests has one
+// width only, as it is compiled there.
+template <class F>
+inline void with_bits(int bits, const F& f) {
+  using std::integral_constant;
+  switch (bits) {
+    case 4: return f(integral_constant<int, 4>());
+#ifndef ISOMORPH_SAMPLE
+    case 2: return f(integral_constant<int, 2>());
+    case 3: return f(integral_constant<int, 3>());
+    case 5: return f(integral_constant<int, 5>());
+    case 6: return f(integral_constant<int, 6>());
+    case 8: return f(integral_constant<int, 8>());
+#endif
+  }
 }
 
 }  // namespace isomorph

@@ -1,5 +1,5 @@
-// Random products against double precision, for sanitizers and for machines without Python:
-// fuzz [seconds] [seed] [wrong | overrun].
+// Random products against double precision, packings and steps, for sanitizers and for machines without Python:
+// fuzz [seconds] [seed] [wrong | overrun] [products | step | codec].
 //
 // Every operand lies at a random alignment and ends where its allocation ends, so that AddressSanitizer sees a read of one
 // byte too many. Exits with 1 at the first product that is off by more than 1e-6 * sum|x * w| (exact). The last argument
@@ -8,39 +8,26 @@
 #include <cstdio>
 #include <cstdlib>
 #include <chrono>
-#include <memory>
-#include <random>
-#include <string>
 #include <vector>
 
 #include "dispatch.h"
+#include "fuzz.h"
 #include "pool.h"
 
 using namespace isomorph;
 
 namespace {
 
-struct Buffer {  // `data` of `size` bytes at offset `shift`, flush with the end of the allocation
-  std::unique_ptr<uint8_t[]> memory;
-  uint8_t* data;
-  Buffer(size_t size, size_t shift) : memory(new uint8_t[size + shift]), data(memory.get() + shift) {}
-};
-
-template <class T>
-T pick(std::mt19937& random, std::initializer_list<T> from) {
-  return from.begin()[random() % from.size()];
-}
-
 bool one(std::mt19937& random, const Backend& backend, const std::string& fault) {
   const Mode mode = pick(random, {Mode::affine, Mode::affine, Mode::affine, Mode::mxfp4, Mode::mxfp8, Mode::nvfp4});
   Weights w{};
   w.mode = mode;
-  w.bits = mode == Mode::affine ? pick(random, {2, 3, 4, 5, 6, 8}) : mode == Mode::mxfp8 ? 8 : 4;
+  w.bits = mode == Mode::affine ? pick(random, kWidths) : mode == Mode::mxfp8 ? 8 : 4;
   w.group = mode == Mode::affine ? pick(random, {32, 64, 128}) : mode == Mode::nvfp4 ? 16 : 32;
   w.scale_type = pick(random, {Type::float32, Type::bfloat16, Type::float16});
-  w.rows = 1 + random() % 140;
+  w.rows = 1 + random() % 70;
   // Whole 32-bit words, as MLX stores them.
-  w.columns = int64_t(w.group) * (1 + random() % 24);
+  w.columns = int64_t(w.group) * (1 + random() % 12);
   if (w.columns * w.bits % 32) w.columns *= 2;
   const int64_t count = pick(random, {1, 1, 2, 3, 4, 5, 8, 11, 12, 13, 31, 77}), groups = w.groups();
   const Type x_type = pick(random, {Type::float32, Type::bfloat16, Type::float16});
@@ -158,20 +145,34 @@ bool one(std::mt19937& random, const Backend& backend, const std::string& fault)
   return true;
 }
 
+constexpr std::pair<const char*, bool (*)(std::mt19937&, const std::string&)> kOthers[] = {
+    {"step", step_is_right},
+#ifndef ISOMORPH_SAMPLE
+    {"codec", codec_is_right},
+#endif
+};
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const double seconds = argc > 1 ? std::atof(argv[1]) : 5;
   std::mt19937 random(argc > 2 ? unsigned(std::atoi(argv[2])) : 1u);
-  const std::string fault = argc > 3 ? argv[3] : "";
+  const std::string fault = argc > 3 ? argv[3] : "", part = argc > 4 ? argv[4] : "";
   const auto start = std::chrono::steady_clock::now();
-  long done = 0;
-  while (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < seconds)
+  long products = 0, others = 0;
+  while (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < seconds) {
     for (const Backend* backend : available_backends()) {
+      if (!part.empty() && part != "products") break;
       if (!one(random, *backend, fault)) return 1;
-      ++done;
+      ++products;
     }
-  std::printf("%ld products right:", done);
+    for (const auto& [name, is_right] : kOthers) {
+      if (!part.empty() && part != name) continue;
+      if (!is_right(random, fault)) return 1;
+      ++others;
+    }
+  }
+  std::printf("%ld products right, %ld steps and packings:", products, others);
   for (const Backend* backend : available_backends()) std::printf(" %s", backend->name);
   std::printf("\n");
 }

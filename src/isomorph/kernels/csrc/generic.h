@@ -128,26 +128,12 @@ template <class V>
 void dispatch_exact(const Weights& w, const Rows& rows, const float* x, int64_t begin, int64_t end) {
   if (w.mode == Mode::mxfp8) return exact_rows<V, 8, false>(w, rows, x, begin, end);
   if (w.mode != Mode::affine) return exact_rows<V, 4, false>(w, rows, x, begin, end);
-  switch (w.bits) {
-    case 2: return exact_rows<V, 2, true>(w, rows, x, begin, end);
-    case 3: return exact_rows<V, 3, true>(w, rows, x, begin, end);
-    case 4: return exact_rows<V, 4, true>(w, rows, x, begin, end);
-    case 5: return exact_rows<V, 5, true>(w, rows, x, begin, end);
-    case 6: return exact_rows<V, 6, true>(w, rows, x, begin, end);
-    default: return exact_rows<V, 8, true>(w, rows, x, begin, end);
-  }
+  with_bits(w.bits, [&](auto bits) { exact_rows<V, bits, true>(w, rows, x, begin, end); });
 }
 
 template <class V>
 void dispatch_fast(const Weights& w, const Rows& rows, const CodedRows& x, int64_t begin, int64_t end) {
-  switch (w.bits) {
-    case 2: return fast_rows<V, 2>(w, rows, x, begin, end);
-    case 3: return fast_rows<V, 3>(w, rows, x, begin, end);
-    case 4: return fast_rows<V, 4>(w, rows, x, begin, end);
-    case 5: return fast_rows<V, 5>(w, rows, x, begin, end);
-    case 6: return fast_rows<V, 6>(w, rows, x, begin, end);
-    default: return fast_rows<V, 8>(w, rows, x, begin, end);
-  }
+  with_bits(w.bits, [&](auto bits) { fast_rows<V, bits>(w, rows, x, begin, end); });
 }
 
 template <class V>
@@ -203,14 +189,7 @@ template <class V>
 void dequantize_row_any(const Weights& w, int64_t n, float* out) {
   if (w.mode == Mode::mxfp8) return dequantize_row<V, 8, false>(w, n, out);
   if (w.mode != Mode::affine) return dequantize_row<V, 4, false>(w, n, out);
-  switch (w.bits) {
-    case 2: return dequantize_row<V, 2, true>(w, n, out);
-    case 3: return dequantize_row<V, 3, true>(w, n, out);
-    case 4: return dequantize_row<V, 4, true>(w, n, out);
-    case 5: return dequantize_row<V, 5, true>(w, n, out);
-    case 6: return dequantize_row<V, 6, true>(w, n, out);
-    default: return dequantize_row<V, 8, true>(w, n, out);
-  }
+  with_bits(w.bits, [&](auto bits) { dequantize_row<V, bits, true>(w, n, out); });
 }
 
 template <class V>
