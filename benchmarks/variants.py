@@ -3,13 +3,14 @@
     python benchmarks/variants.py SOURCE --text WIKITEXT/test.txt --out FOLDER
 
 Writes each variant to FOLDER, measures perplexity and the divergence from the source by the protocol `gpt-oss` (torch,
-float32), and prints a Markdown table. What is there already is not made again; the last line is one JSON document.
+float32), and prints a Markdown table. What FOLDER has already is not made again; the last line is one JSON document.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +45,19 @@ def main() -> None:
     text = options.text.read_text(encoding="utf-8")
     source = load(options.source)
     rows, records = [(SOURCE, isomorph.inspect(options.source).path)], []
+    measured = {"text": text, "protocol": "gpt-oss", "limit": options.limit}
     for number, (name, settings) in enumerate(VARIANTS.items()):
         folder = options.out / f"variant{number}"
         if not folder.exists():
             quantize(options.source, folder, **settings)
         rows.append((name, folder))
-    for name, folder in rows:
-        model = load(folder)
-        with progress(name, options.limit, "tokens") as advance:
-            records.append(perplexity(model, text, "gpt-oss", limit=options.limit, advance=advance).to_json())
-        with progress(f"{name}, KL", options.limit, "tokens") as advance:
-            records.append(divergence(source, model, text, "gpt-oss", limit=options.limit, advance=advance).to_json())
+    for number, (name, folder) in enumerate(rows):
+        for what, measure in (("perplexity", perplexity), ("divergence", partial(divergence, source))):
+            kept = options.out / f"{what}{number}-{options.limit}.json"
+            if not kept.is_file():
+                with progress(f"{what}: {name}", options.limit, "tokens") as advance:
+                    kept.write_text(json.dumps(measure(load(folder), **measured, advance=advance).to_json()))
+            records.append(json.loads(kept.read_text()))
     sizes = {name: isomorph.inspect(folder) for name, folder in rows}
     print("| model | bytes | bits a weight |", "|---|---|---|", sep="\n")
     for name, found in sizes.items():

@@ -85,7 +85,8 @@ def test_gpt_oss(tokenizer: Any) -> None:
     expected = np.concatenate([losses(model, tokens[start : start + 16]) for start in range(0, len(tokens), 16)])
     record = isomorph.evaluate.perplexity(model, TEXT, "gpt-oss", window=16)
     np.testing.assert_allclose(record.results["nll_nats_per_token"], expected.mean(), rtol=1e-12)
-    assert record.protocol["unknown"] and record.results["tokens_scored"] == len(expected)
+    assert len(record.protocol["unknown"]) == 4 and record.results["tokens_scored"] == len(expected)
+    assert record.data["separator_id"] == 1
     assert len(stream_of(protocol_named("gpt-oss", limit=20), tokenizer, TEXT).ids) == 20
 
 

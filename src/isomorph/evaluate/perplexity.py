@@ -77,6 +77,7 @@ def protocol_used(protocol: Protocol, model: Model) -> dict[str, Any]:
 
 
 def data_used(stream: Stream) -> dict[str, Any]:
-    """Tokens, bytes and hash of the text."""
+    """Tokens, bytes and hash of the text; the id between its documents where the protocol puts one there."""
     size = None if stream.widths is None else int(stream.widths.sum())
-    return {"tokens": len(stream.ids), "bytes": size, "text_sha256": stream.text_sha256}
+    separator = {} if stream.separator is None else {"separator_id": stream.separator}
+    return {"tokens": len(stream.ids), "bytes": size, "text_sha256": stream.text_sha256, **separator}

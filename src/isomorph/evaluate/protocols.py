@@ -32,13 +32,15 @@ class Stream:
     """A text as one row of token ids, with the bytes each token stands for where they are known.
 
     `widths[i]` is the number of the text's UTF-8 bytes that token i adds. `skipped[i]` says that token i is never a
-    target. `opening` is the id that stands in for the first token of every window, where a protocol has one.
+    target. `opening` is the id that stands in for the first token of every window, `separator` the one between
+    documents, where a protocol has one.
     """
 
     ids: np.ndarray
     widths: np.ndarray | None = None
     skipped: np.ndarray | None = None
     opening: int | None = None
+    separator: int | None = None
     text_sha256: str | None = None
 
     def fed(self, part: Window) -> np.ndarray:
@@ -166,7 +168,7 @@ PROTOCOLS = {
                 "how documents are split: by article here",
                 "whether a BOS stands first: none here",
                 "whether the first token of a window is scored: not here",
-                "which EOS: the tokenizer's here",
+                "which EOS: the tokenizer's here, separator_id under data",
             ),
         ),
         Protocol(
@@ -257,6 +259,7 @@ def encode(protocol: Protocol, tokenizer: Any, text: str) -> Stream:
         np.concatenate(known) if len(known) == len(parts) else None,
         ids == padding if protocol.skip_padding and padding is not None else None,
         bos if protocol.open_windows else None,
+        eos if protocol.separate else None,
         hashlib.sha256(text.encode()).hexdigest(),
     )
 
