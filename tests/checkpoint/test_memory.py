@@ -44,7 +44,7 @@ def watch():
     while not done.wait(0.002):
         peak = max(peak, anonymous())
 
-watcher = threading.Thread(target=watch)
+watcher = threading.Thread(target=watch, daemon=True)
 watcher.start()
 if hold == "hold":
     from isomorph.checkpoint import open_checkpoint
