@@ -70,6 +70,9 @@ def test_command_line(folder, capsys):
         assert document[f"{name}_tokens_per_second"] > 0 and document[f"{name}_tokens_per_second_sd"] >= 0
     assert document["bytes_read_per_token"] > 0 and document["read_bandwidth_fraction"] > 0
     assert document["environment"]["cpu"] and document["threads"] >= 1 and document["peak_memory_bytes"] > 0
+    assert run(["bench", *arguments, "--prompt", "12", "--repetitions", "1", "--json"]) == 0
+    runs = json.loads(capsys.readouterr().out.splitlines()[-1])["runs"]
+    assert [one["prompt_tokens"] for one in runs] == [8, 12] and all(one["new_tokens"] == 2 for one in runs)
     assert run(["bench", *arguments, "--tokens", "0"]) == 2
     assert run(["bench", *arguments, "--numerics", "quick"]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 2

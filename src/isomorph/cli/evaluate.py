@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from isomorph.cli.options import Dtype, Framework, Json, Loading, read_text
 from isomorph.cli.output import print_json, show
+
+if TYPE_CHECKING:
+    from isomorph.evaluate import Throughput
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def print_record(record: Any, as_json: bool) -> None:
 
 def bench_command(
     model: str,
-    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 512,
+    prompt: Annotated[list[int] | None, typer.Option(help="Tokens of the prompt; may be repeated. 512.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 64,
     repetitions: Annotated[int, typer.Option(help="Measured repetitions.")] = 5,
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
@@ -106,15 +109,22 @@ def bench_command(
     loading: Loading,
     as_json: Json = False,
 ) -> None:
-    """Tokens a second of prefill and decode, against the memory's own speed."""
+    """Tokens a second of prefill and decode, against the memory's own speed, by length of the prompt."""
     from isomorph import evaluate
     from isomorph.progress import progress
 
-    loaded = loading.load(model)
-    with progress("bench", max(repetitions, 0) + 1, "runs") as advance:
-        result = evaluate.throughput(loaded, prompt, tokens, repetitions, batch, advance)
+    loaded, lengths = loading.load(model), prompt or [512]
+    with progress("bench", len(lengths) * (max(repetitions, 0) + 1), "runs") as advance:
+        results = [evaluate.throughput(loaded, length, tokens, repetitions, batch, advance) for length in lengths]
+    for result in results:
+        show(f"bench: prompt of {result.prompt_tokens}, answer of {result.new_tokens}", _speeds(result))
+    if as_json:
+        print_json(results[0] if len(results) == 1 else {"runs": results})
+
+
+def _speeds(result: Throughput) -> dict[str, str]:
     first, spread = result.time_to_first_token_seconds, result.time_to_first_token_seconds_sd
-    rows = {
+    return {
         "prefill": f"{result.prefill_tokens_per_second:.1f} ± {result.prefill_tokens_per_second_sd:.1f} tokens/s",
         "decode": f"{result.decode_tokens_per_second:.1f} ± {result.decode_tokens_per_second_sd:.1f} tokens/s",
         "first token": f"{first:.3f} ± {spread:.3f} s",
@@ -125,6 +135,3 @@ def bench_command(
         "hardware": f"{result.environment['cpu']}, {result.threads} threads, {result.instruction_set or 'no kernels'}",
         "commit": result.commit or "not a checkout",
     }
-    show("bench", rows)
-    if as_json:
-        print_json(result)
