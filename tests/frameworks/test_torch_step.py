@@ -34,7 +34,7 @@ def ids_of(rows: int, tokens: int = 40) -> np.ndarray:
 @pytest.mark.parametrize("padding", [[0], [0, 0, 0], [5, 0, 2]], ids=str)
 def test_replayed_steps_give_the_modules_logits(folder, padding):
     recorded, plain = (isomorph.load(folder, dtype="float32") for _ in range(2))
-    plain.steps.usable = False
+    plain.steps.refusal = "not here"
     ids = ids_of(len(padding))  # longer than the window of 8
     expected = decoded(plain, ids, padding)
     assert_logits_close(decoded(recorded, ids, padding), expected)
@@ -72,7 +72,7 @@ def test_two_states_take_turns(folder):
 
 def test_bfloat16_rounds_where_the_module_rounds(folder):
     recorded, plain = (isomorph.load(folder, dtype="bfloat16") for _ in range(2))
-    plain.steps.usable = False
+    plain.steps.refusal = "not here"
     exact = isomorph.load(folder, dtype="float32")
     ids = ids_of(1)
     reference = decoded(exact, ids, [0])
@@ -97,7 +97,7 @@ def test_what_cannot_be_replayed_runs_through_the_module(reason, folder, monkeyp
 
     monkeypatch.setattr(block, "forward", altered)
     decoded(model, ids_of(1), [0])
-    assert not model.steps.usable and not model.steps.recorded(1)
+    assert not model.steps.recorded(1) and model.steps.describe(1) == model.steps.refusal
 
 
 def test_every_instruction_equals_torchs_operator():

@@ -39,7 +39,8 @@ class Throughput:
     `bytes_read_per_token`: the weights that a step reads (one row of an embedding, the chosen experts), shared by the
     rows of the batch, and the keys and values of one row half way through the answer. `read_bandwidth_fraction` is the
     rate at which decoding reads them over the bandwidth measured between repetitions. `peak_memory_bytes` counts mapped
-    weights. `commit` is isomorph's own, None where it is not a checkout.
+    weights. `decode_step` is `recorded` where steps run without Python, else why not; None in other frameworks.
+    `commit` is isomorph's own, None where it is not a checkout.
     """
 
     model: dict[str, Any]
@@ -58,6 +59,7 @@ class Throughput:
     read_bandwidth_fraction: float
     peak_memory_bytes: int
     instruction_set: str | None
+    decode_step: str | None
     threads: int
     commit: str | None
     environment: dict[str, Any] = field(default_factory=environment)
@@ -121,6 +123,7 @@ def throughput(
         read_bandwidth_fraction=speed * read / rate,
         peak_memory_bytes=peak,
         instruction_set=instruction_set,
+        decode_step=steps.describe(batch_size) if (steps := getattr(model, "steps", None)) else None,
         threads=threads,
         commit=commit(),
     )

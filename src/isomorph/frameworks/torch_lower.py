@@ -206,7 +206,8 @@ class Program:
         if name == "quantized_experts_linear":
             rest.pop(0)
         *settings, fast = rest
-        handles = [native.packed_handle(*part.arguments[1:4], Settings(*settings)) for part in nodes]
+        packed = [part.arguments[1:4] for part in nodes]
+        handles = [native.packed_handle(w, scales, biases, Settings(*settings)) for w, scales, biases in packed]
         self._kept.append(handles)
         if name == "quantized_experts_linear":
             if experts.dtype != torch.int64 or not experts.is_contiguous():

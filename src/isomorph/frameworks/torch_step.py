@@ -246,20 +246,32 @@ class Steps:
     """The recorded steps of one model by number of rows."""
 
     def __init__(self, model: TorchModel) -> None:
-        usable = model.module.dtype in native.TYPES and model.device.type == "cpu" and native.extension() is not None
         self.model = model
-        self.usable = usable and "position_ids" in model._accepted
+        self.refusal = self._refusal()
         self._lock = threading.Lock()
         self._recordings: dict[int, Recording] = {}
         self._programs: dict[int, Callable[[SlotCache, np.ndarray, np.ndarray], np.ndarray]] = {}
+
+    def _refusal(self) -> str | None:
+        if self.model.device.type != "cpu":
+            return f"steps are recorded on a CPU, not on {self.model.device.type}"
+        if native.extension() is None:
+            return "the C++ extension is missing"
+        if self.model.module.dtype not in native.TYPES:
+            return f"no instructions compute in {self.model.module.dtype}"
+        return None if "position_ids" in self.model._accepted else "the model takes no position_ids"
 
     def recorded(self, rows: int) -> bool:
         """Whether steps of so many rows are replayed."""
         return rows in self._programs
 
+    def describe(self, rows: int) -> str:
+        """`recorded`, or why steps of so many rows go through the module."""
+        return "recorded" if self.recorded(rows) else self.refusal or "too few steps so far"
+
     def __call__(self, cache: SlotCache, starts: np.ndarray, ids: np.ndarray) -> np.ndarray | None:
         """Logits, float32 [B, 1, V], of one more token a row, `ids` [B, 1]; None where the module has to run."""
-        if not (self.usable and cache.filled and self._lock.acquire(blocking=False)):
+        if not (self.refusal is None and cache.filled and self._lock.acquire(blocking=False)):
             return None
         try:
             cache.make_room()
@@ -273,8 +285,8 @@ class Steps:
                 del self._recordings[len(ids)]
             return as_float32(recording.logits)
         except NotRecordable as reason:
-            logger.debug("decoding through the module of %s: %s", self.model.architecture, reason)
-            self.usable = False
+            self.refusal = str(reason)
+            logger.info("%s decodes through its module: %s", self.model.architecture, reason)
             return None
         finally:
             self._lock.release()
