@@ -21,6 +21,8 @@ import sys
 import time
 from collections.abc import Callable
 
+from isomorph import huge_pages
+
 WARM_UP = 2
 
 
@@ -87,6 +89,8 @@ def isomorph_step(options: argparse.Namespace) -> Callable[[], None]:
 
 
 STEPS = {"nanochat": nanochat_step, "isomorph": isomorph_step}
+#: As `isomorph train` starts itself; nanochat's script sets nothing.
+ENVIRONMENT: dict[str, dict[str, str]] = {"nanochat": {}, "isomorph": huge_pages.TUNABLES}
 
 
 def work(options: argparse.Namespace) -> None:
@@ -118,6 +122,7 @@ def main() -> None:
     workers = {
         name: subprocess.Popen(
             [sys.executable, __file__, *sys.argv[1:], "--worker", name],
+            env={**os.environ, **ENVIRONMENT[name]},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import Mesh
 
 import isomorph
 from conftest import assert_logits_close
+from isomorph import InputError
 from isomorph.architectures.gelu_gpt import modeling_flax
 from isomorph.architectures.gelu_gpt.config import GeluGPTConfig
 from isomorph.architectures.gelu_gpt.modeling_flax import Cache, Model
@@ -236,6 +238,13 @@ def test_fresh_parameters_are_those_of_the_config() -> None:
 def test_published_model_counts_its_parameters() -> None:
     abstract = nnx.eval_shape(lambda: Model(GeluGPTConfig(), rngs=nnx.Rngs(0)))
     assert sum(value.size for value in split(abstract)[1].values()) == 261_096_338
+
+
+def test_a_mesh_of_other_axes_is_refused(model: FlaxModel) -> None:
+    with pytest.raises(InputError, match="data, fsdp, model; found tensor"):
+        model.shard(Mesh(np.array(jax.devices()[:1]), ("tensor",)))
+    with pytest.raises(InputError, match="found expert"):
+        model.shard(Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("model", "expert")))
 
 
 EIGHT_DEVICES = """

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import isomorph
 from conftest import assert_logits_close
@@ -24,11 +27,33 @@ def batches(step: int) -> Batch:
     return Batch(ids, np.ones((4, 32), bool))
 
 
+SETTINGS = Settings(
+    steps=3, batch_size=4, sequence_length=32, learning_rate=0.01, warmup_steps=1, checkpoint_every=3, log_every=1
+)
+
+
+def losses(out: Path, settings: Settings = SETTINGS, remat: bool = False) -> np.ndarray:
+    """Of the run's steps."""
+    train(partial(Model, CONFIG, remat=remat), batches, settings, out)
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return np.array([json.loads(line)["loss"] for line in lines])
+
+
+def test_accumulation_remat_and_bfloat16_train_alike(tmp_path: Path) -> None:
+    plain = losses(tmp_path / "plain")
+    assert plain.shape == (3,) and plain[2] != plain[0]
+    # The same sums in another order: float32 rounding, which a step of AdamW may double.
+    np.testing.assert_allclose(losses(tmp_path / "parts", replace(SETTINGS, accumulate=2)), plain, rtol=2**-20)
+    np.testing.assert_allclose(losses(tmp_path / "remat", remat=True), plain, rtol=2**-20)
+    # Logits stay near 0 in three steps, so the loss moves by no more than a rounding to bfloat16 moves it.
+    rounded = losses(tmp_path / "bfloat16", replace(SETTINGS, dtype="bfloat16"))
+    np.testing.assert_allclose(rounded, plain, rtol=2**-8)
+    with pytest.raises(AssertionError):  # negative control: it did compute in bfloat16
+        np.testing.assert_allclose(rounded, plain, rtol=2**-20)
+
+
 def test_checkpoints_of_a_run_load_in_every_framework(tmp_path: Path) -> None:
-    settings = Settings(
-        steps=3, batch_size=4, sequence_length=32, learning_rate=0.01, warmup_steps=1, checkpoint_every=2, log_every=2
-    )
-    parameters = train(partial(Model, CONFIG), batches, settings, tmp_path)
+    parameters = train(partial(Model, CONFIG), batches, replace(SETTINGS, checkpoint_every=2), tmp_path)
     run, ids = tmp_path / "checkpoints", np.arange(30)[None]
     flax = isomorph.load(run, framework="flax")
     assert isinstance(flax, FlaxModel)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import CompileConfig
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 import isomorph
@@ -162,12 +163,42 @@ def test_gradients_with_and_without_checkpointing(model: Any, ids: Any) -> None:
         torch.testing.assert_close(gradient, found[1][name])
 
 
+def test_static_cache_compiles_to_one_graph(tmp_path: Path, ids: Any) -> None:
+    """`fullgraph=True` raises at any graph break; the eager backend leaves out only the code generation."""
+    torch._dynamo.reset()
+    module: Any = isomorph.load(write_checkpoint(tmp_path, tiny_config(n_layer=2), seed=6)).module  # type: ignore[attr-defined]
+    cache = StaticCache(module.config, max_cache_len=40)
+    parts = [logits(module, ids[:, :20], past_key_values=cache)]
+    step: Any = torch.compile(module.forward, fullgraph=True, backend="eager")
+    with torch.inference_mode():
+        parts += [step(ids[:, at : at + 1], past_key_values=cache).logits.numpy() for at in range(20, 30)]
+    assert_logits_close(np.concatenate(parts, axis=1), logits(module, ids[:, :30]))
+
+
+def test_uncompiled_flex_attention(model: Any, ids: Any, expected: np.ndarray) -> None:
+    """The same mask and score functions as compiled, without a minute of compilation."""
+    model.set_attn_implementation("flex_attention")
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            assert_logits_close(logits(model, ids), expected)
+            assert_logits_close(fed(model, DynamicCache(config=model.config), ids, [150, 1, 49]), expected)
+    finally:
+        model.set_attn_implementation("sdpa")
+
+
 @pytest.mark.full
-def test_a_compiled_model_with_a_static_cache(model: Any, ids: Any) -> None:
-    options = {"max_new_tokens": 8, "do_sample": False}
-    wanted = model.generate(ids[:, :140], **options)
-    found = model.generate(ids[:, :140], cache_implementation="static", **options)
+def test_compiled_generation_with_a_static_cache(tmp_path: Path, ids: Any) -> None:
+    """`generate` compiles by itself on accelerators only; here it is told to. The window is crossed on the way."""
+    model: Any = isomorph.load(write_checkpoint(tmp_path, tiny_config(n_layer=2), seed=6)).module  # type: ignore[attr-defined]
+    options = {"max_new_tokens": 12, "do_sample": False}
+    wanted = model.generate(ids[:, :120], **options)
+    compiling = CompileConfig(backend="inductor", mode="default", fullgraph=True)
+    compiling._compile_all_devices = True
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    found = model.generate(ids[:, :120], cache_implementation="static", compile_config=compiling, **options)
     assert torch.equal(found, wanted)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
 def test_stock_transformers_loads_what_convert_writes(model: Any, ids: Any, tmp_path: Path) -> None:

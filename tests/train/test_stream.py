@@ -13,7 +13,7 @@ from isomorph.errors import InputError
 from isomorph.train.stream import Source, TokenFile, streamed
 from isomorph.train.vocabulary import Vocabulary
 
-pytestmark = pytest.mark.full  # a minute of compiling on two cores
+
 
 TEXTS = [f"text number {number} " * (number % 7 + 1) for number in range(1000)]
 BYTES = Vocabulary(lambda text: list(text.encode()), 0, np.ones(256, np.int64), "bytes")

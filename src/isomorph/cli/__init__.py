@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from isomorph import huge_pages
 from isomorph.cli import demo, evaluate, generate, models, train, verify
 from isomorph.cli.options import grouped
 from isomorph.cli.output import say
@@ -102,4 +103,6 @@ def main() -> None:
     # A model folder is data on this machine: no call home, and no warnings of libraries about each other.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if sys.argv[1:2] == ["train"]:
+        huge_pages.restart()
     sys.exit(run(sys.argv[1:]))

@@ -127,7 +127,13 @@ class FlaxModel(Model):
         self.step: Any = jax.jit(self._step, donate_argnums=1, static_argnames="last_only")
 
     def shard(self, mesh: Mesh) -> None:
-        """Spread the matrices over a mesh's devices as the model's file annotates them, as far as it has those axes."""
+        """Spread the matrices over a mesh's devices as the model's file annotates them, as far as it has those axes.
+
+        An axis `data` is the callers', for rows. Raises InputError for axes that nothing is split over.
+        """
+        known = {axis for spec in self.specs.values() for axis in spec if axis is not None} | {"data"}
+        if unknown := sorted(set(mesh.axis_names) - known):
+            raise InputError(f"expected mesh axes of {', '.join(sorted(known))}; found {', '.join(unknown)}; rename it")
         for name, value in self.parameters.items():
             axes = [axis if axis in mesh.shape else None for axis in self.specs[name]]
             for size, axis in zip(value.shape, axes):

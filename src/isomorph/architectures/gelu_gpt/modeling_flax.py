@@ -37,7 +37,7 @@ SOFT_CAP = 15.0
 SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS = 24, 12
 
 #: Tokens of a row whose queries, and whose logits in the loss, are computed at once: what fits a processor's cache.
-QUERY_BLOCK, LOSS_BLOCK = 256, 128
+QUERY_BLOCK, LOSS_BLOCK = 256, 256
 
 #: config.mlp -> activation. GELU is its tanh approximation, as `jax.nn.gelu` has it by default.
 ACTIVATIONS = {"gelu": nnx.gelu, "relu2": lambda x: jnp.square(nnx.relu(x))}

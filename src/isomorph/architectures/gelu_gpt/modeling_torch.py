@@ -86,6 +86,7 @@ class GeluGPTConfig(PreTrainedConfig):
         "rope_theta": "rope_base",
     }
     base_model_tp_plan = {
+        "wte": "embedding_rowwise",  # by rows of the vocabulary, as the head that may be tied to it
         "blocks.*.attn.c_q": "colwise",
         "blocks.*.attn.c_k": "colwise",
         "blocks.*.attn.c_v": "colwise",
