@@ -26,7 +26,8 @@ from isomorph.frameworks.flax import FED, FlaxModel, bucket
 from isomorph.frameworks.nnx_parameters import merge, split
 from tiny_gelu_gpt import write_checkpoint
 
-pytestmark = pytest.mark.full  # minutes of compiling on two cores
+#: Minutes of compiling on two cores.
+full = pytest.mark.full
 
 #: Longer than the short window (128 tokens) and than its ring; left padding of each row of the padded tests.
 LENGTH, PADDING = 300, (0, 3, 140)
@@ -60,6 +61,7 @@ def expected(model: FlaxModel, ids: np.ndarray) -> np.ndarray:
     return model.logits(ids)
 
 
+@full
 def test_plain_call_equals_the_masked_pass(
     model: FlaxModel, ids: np.ndarray, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,6 +71,7 @@ def test_plain_call_equals_the_masked_pass(
     assert_logits_close(np.asarray(plain(model.parameters, jnp.asarray(ids))), expected)
 
 
+@full
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_at_either_side_changes_nothing(
     model: FlaxModel, padded: np.ndarray, expected: np.ndarray, side: str
@@ -85,6 +88,7 @@ def test_padding_at_either_side_changes_nothing(
             assert_logits_close(model.logits(rows)[1, 3:], expected[1, :-3])
 
 
+@full
 def test_decoding_across_the_window(model: FlaxModel, padded: np.ndarray, expected: np.ndarray) -> None:
     state = model.decode_state(3, left_padding=PADDING)
     ends = (150, 151, 152, 290, LENGTH)
@@ -106,6 +110,7 @@ def test_first_decoded_token_is_smeared(
         assert_logits_close(state.feed(ids[:, 20:21]), expected[:, 20:21])
 
 
+@full
 @pytest.mark.parametrize("trims", [[100], [60, 60, 60]], ids=["within a ring", "past a ring"])
 def test_trim_after_the_rings_have_wrapped(
     model: FlaxModel, ids: np.ndarray, expected: np.ndarray, trims: list[int]
@@ -118,6 +123,7 @@ def test_trim_after_the_rings_have_wrapped(
     assert_logits_close(state.feed(ids[:, left : left + 9]), expected[:, left : left + 9][:, : LENGTH - left])
 
 
+@full
 def test_a_ring_trimmed_past_its_slack_without_reading_again_is_caught(
     model: FlaxModel, ids: np.ndarray, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,6 +135,7 @@ def test_a_ring_trimmed_past_its_slack_without_reading_again_is_caught(
         assert_logits_close(state.feed(ids[:, 120:129]), expected[:, 120:129])
 
 
+@full
 def test_rows_filter_join_and_return_from_a_file(
     model: FlaxModel, ids: np.ndarray, padded: np.ndarray, tmp_path: Path
 ) -> None:
@@ -147,6 +154,7 @@ def test_rows_filter_join_and_return_from_a_file(
         assert_logits_close(logits[row], model.logits(np.append(sequence, new[row])[None])[0, -5:])
 
 
+@full
 def test_sliding_layers_keep_their_window(model: FlaxModel, ids: np.ndarray) -> None:
     """Three windows of tokens later, only the layer that looks back over the sequence has grown."""
     state = model.decode_state(3)
@@ -163,6 +171,7 @@ def test_sliding_layers_keep_their_window(model: FlaxModel, ids: np.ndarray) -> 
     assert_logits_close(state.feed(ids[:, -1:]), last)
 
 
+@full
 def test_few_programs_are_compiled(folder: Path) -> None:
     model = isomorph.load(folder, framework="flax")
     state = model.decode_state(1, max_length=512)
@@ -172,6 +181,7 @@ def test_few_programs_are_compiled(folder: Path) -> None:
     assert model.step._cache_size() == len({bucket(min(length, FED)) for length in lengths}) == 3
 
 
+@full
 def test_positions_past_the_table_are_nan(model: FlaxModel) -> None:
     """The wrapper refuses them; whoever calls the module itself gets no plausible number."""
     trunk = jax.jit(lambda lengths: merge(model.graph, model.parameters).trunk(jnp.zeros((1, 2), int), lengths=lengths))
@@ -179,6 +189,7 @@ def test_positions_past_the_table_are_nan(model: FlaxModel) -> None:
     assert np.isnan(x[0, 1]).all()
 
 
+@full
 def test_loss_is_that_of_the_logits(model: FlaxModel, ids: np.ndarray) -> None:
     """In parts of a row, with targets that do not count, and with the gradient of the plain formula."""
     ids = ids[:2, :150]
@@ -204,7 +215,7 @@ def test_loss_is_that_of_the_logits(model: FlaxModel, ids: np.ndarray) -> None:
         np.testing.assert_allclose(float(wrong), np.log(120), rtol=1e-3)
 
 
-@pytest.mark.full
+@full
 def test_remat_gives_the_same_gradients(model: FlaxModel, ids: np.ndarray) -> None:
     remat, _ = split(Model(model.config, remat=True, rngs=nnx.Rngs(0)))
     inputs, targets = jnp.asarray(ids[:2, :140]), jnp.asarray(ids[:2, 1:141])
@@ -268,6 +279,7 @@ np.savez(f"{out}/sharded.npz", full=model.logits(ids), steps=np.concatenate(step
 """
 
 
+@full
 def test_eight_devices_equal_one(
     model: FlaxModel, folder: Path, ids: np.ndarray, expected: np.ndarray, tmp_path: Path
 ) -> None:

@@ -19,7 +19,8 @@ from isomorph.cli import run as command
 from isomorph.train.presets import recipe
 from isomorph.train.vocabulary import fast_vocabulary
 
-pytestmark = pytest.mark.full  # a minute of compiling on two cores
+#: A minute of compiling on two cores.
+full = pytest.mark.full
 
 
 def parameters(config: dict) -> int:
@@ -60,6 +61,7 @@ def trained(books: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@full
 def test_seeds_and_their_spread(trained: Path) -> None:
     card = (trained / "model" / "README.md").read_text()
     assert "| 0 | 8 | 1,024 |" in card
@@ -69,6 +71,7 @@ def test_seeds_and_their_spread(trained: Path) -> None:
     assert losses[0] != losses[1]
 
 
+@full
 def test_the_folder_loads_in_every_framework(trained: Path) -> None:
     models = [isomorph.load(trained / "model", framework=name, dtype="float32") for name in ("torch", "flax")]
     tokenizer = models[0].tokenizer
@@ -79,6 +82,7 @@ def test_the_folder_loads_in_every_framework(trained: Path) -> None:
     np.testing.assert_allclose(logits[0], logits[1], atol=2e-5)
 
 
+@full
 def test_the_learned_tokenizer_knows_its_sizes(trained: Path) -> None:
     vocabulary = fast_vocabulary(trained / "tokenizer", 300)
     text = "naïve — 𝄞 engines"
@@ -90,7 +94,7 @@ def last_record(out: Path) -> dict:
     return json.loads((out / "text" / "metrics.jsonl").read_text().splitlines()[-1])
 
 
-@pytest.mark.full
+@full
 @pytest.mark.parametrize("spread", ["8 devices", "2 processes"])
 def test_devices_and_processes_train_like_one(spread: str, books: Path, tmp_path: Path) -> None:
     sizes = ["--depth", "2", "--vocab-size", "300", "--seq-len", "32", "--batch", "8", "--steps", "6", "--seed", "3"]

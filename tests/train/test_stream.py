@@ -13,8 +13,6 @@ from isomorph.errors import InputError
 from isomorph.train.stream import Source, TokenFile, streamed
 from isomorph.train.vocabulary import Vocabulary
 
-
-
 TEXTS = [f"text number {number} " * (number % 7 + 1) for number in range(1000)]
 BYTES = Vocabulary(lambda text: list(text.encode()), 0, np.ones(256, np.int64), "bytes")
 EXPECTED = np.frombuffer("".join(text + "\0" for text in TEXTS).encode(), np.uint8)
