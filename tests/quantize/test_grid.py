@@ -62,6 +62,7 @@ def test_every_grid_is_found_and_kept(grid: Settings, dtype: np.dtype) -> None:
 def test_trained_weights_lie_on_none(dtype: np.dtype) -> None:
     assert grid_of(from_array("w", WEIGHTS.astype(dtype))) is None
     assert grid_of(from_array("w", np.full((2, 64), np.nan, dtype))) is None
+    assert grid_of(from_array("w", np.zeros((2, 64), dtype))) is None
     assert grid_of(from_array("w", WEIGHTS.astype(dtype)[:, :40])) is None  # no whole groups
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from isomorph.checkpoint import open_checkpoint
 from isomorph.quantize.arrays import dequantize_array, quantize_array
@@ -42,6 +43,7 @@ def test_only_what_is_named_is_rounded_and_gradients_pass() -> None:
     assert np.array_equal(gradients["a.kernel"], 2 * seen["a.experts.kernel"])
 
 
+@pytest.mark.full
 def test_a_run_writes_the_published_layout(tmp_path: Path) -> None:
     """Experts in blocks and scales, in values what training saw last; harmony's marks in the vocabulary."""
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog and runs away again. " * 200)

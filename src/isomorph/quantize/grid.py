@@ -68,9 +68,10 @@ def holds(grid: Settings, target: Settings) -> bool:
 def grid_of(tensor: Tensor) -> Settings | None:
     """The cheapest grid that every weight of the float `tensor` [..., K] lies on, None when there is none.
 
-    What lies on none is known after a few rows.
+    What lies on none is known after a few rows. Zeros lie on all of them, and on whatever they are rounded to: on none.
     """
-    return next((grid for grid in GRIDS if grid.fits(tensor.shape[-1]) and _all_on(tensor, grid)), None)
+    found = next((grid for grid in GRIDS if grid.fits(tensor.shape[-1]) and _all_on(tensor, grid)), None)
+    return found if found is not None and any(block.any() for block in tensor.blocks()) else None
 
 
 def _all_on(tensor: Tensor, grid: Settings) -> bool:
