@@ -193,7 +193,7 @@ class QuantizedExpertLinear(PackedModule):
         else:
             packed = self.weight, self.scales, self.biases
             y = torch.ops.isomorph.quantized_experts_linear(x, *packed, chosen, *self._arguments(), self.fast)
-        return y if self.bias is None else y + self.bias[chosen].to(y.dtype)
+        return y if self.bias is None else y + self.bias.index_select(0, chosen).to(y.dtype)
 
 
 class QuantizedExperts(nn.Module):
