@@ -89,7 +89,7 @@ def quantize_command(
     method: Annotated[str, typer.Option(help="How codes are chosen: affine, to the nearest.")] = "affine",
     layout: Annotated[str | None, typer.Option(help="One of the architecture's MLX layouts.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Cast first to bfloat16, float16 or float32.")] = None,
-    requantize: Annotated[bool, typer.Option("--requantize", help="Accept a source that is quantized.")] = False,
+    requantize: Annotated[bool, typer.Option("--requantize", help="Round what lies on a grid already.")] = False,
     config: ConfigFile = None,
     force: Force = False,
     dry_run: DryRun = False,
