@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,7 +76,43 @@ def test_transformers_reference(shared: Path, form: str, framework: str) -> None
     assert_logits_close(model.logits(stored["input_ids"]), stored["logits"])
     for actual, reference in zip(model.hidden_states(stored["input_ids"][:1])[1:], stored["hidden_states"]):
         assert_logits_close(actual, reference)
+    routers = model.router_logits(stored["input_ids"])
+    assert len(routers) == len(stored["router_indices"])
+    for actual, reference, indices in zip(routers, stored["router_logits"], stored["router_indices"]):
+        actual = actual.reshape(reference.shape)
+        assert_logits_close(actual, reference)
+        best = np.argsort(-actual, axis=-1, kind="stable")[:, : indices.shape[1]]
+        assert np.array_equal(np.sort(best), np.sort(indices))
     assert np.array_equal(greedy(model, stored["input_ids"], stored["greedy"].shape[1]), stored["greedy"])
+
+
+def test_softmax_over_all_experts_shows(goldens: dict[str, Golden], monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
+
+    def forward(self: Any, x: Any) -> tuple:
+        logits, _, chosen = route(self, x)
+        return logits, logits.softmax(-1).gather(-1, chosen), chosen
+
+    route = GptOssTopKRouter.forward
+    monkeypatch.setattr(GptOssTopKRouter, "forward", forward)
+    model = isomorph.load(goldens["odd"].source, dtype="float32")
+    with pytest.raises(AssertionError):
+        assert_logits_close(model.logits(goldens["odd"].ids), goldens["odd"].logits)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_gate_and_up_read_one_after_the_other_show(goldens: dict[str, Golden], framework: str, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(goldens["odd"].source / "model.safetensors")
+    for name, value in tensors.items():
+        if "gate_up_proj" in name:
+            tensors[name] = np.concatenate([value[:, ::2], value[:, 1::2]], axis=1)
+    (tmp_path / "config.json").write_bytes((goldens["odd"].source / "config.json").read_bytes())
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model = isomorph.load(tmp_path, framework=framework, dtype="float32")
+    with pytest.raises(AssertionError):
+        assert_logits_close(model.logits(goldens["odd"].ids), goldens["odd"].logits)
 
 
 MUTATIONS = {
