@@ -110,7 +110,7 @@ def model_card(
         architecture=settings["architecture"],
         parameters=parameters / 1e6,
         data=data,
-        form=PACKED if settings["text"]["mxfp4"] else "bfloat16, layout `transformers`",
+        form=PACKED if settings["text"].get("mxfp4") else "bfloat16, layout `transformers`",
         seeds=seeds_table(seeds),
         shape="\n".join(f"| {key} | {value} |" for key, value in settings["config"].items()),
         stages="\n".join(stages),

@@ -60,9 +60,11 @@ def export(
         (flax / file.name).write_bytes(file.read_bytes())
     target = out / "model"
     settings = json.loads((out / "settings.json").read_text())
-    if settings["text"]["mxfp4"] is not None:
-        quantize(flax, out / "packed", recipe=ROUNDED, force=True)
-    convert(out / "packed" if settings["text"]["mxfp4"] else flax, target, to="transformers", force=True)
+    trained = flax
+    if settings["text"].get("mxfp4") is not None:  # a run begun by an earlier version has no such key
+        trained = out / "packed"
+        quantize(flax, trained, recipe=ROUNDED, force=True)
+    convert(trained, target, to="transformers", force=True)
     if tokenizer[0].name == "vocab.txt":
         (target / "vocab.txt").write_bytes(tokenizer[0].read_bytes())
     records = [*read_metrics(out / "text" / "metrics.jsonl"), *read_metrics(out / "chat" / "metrics.jsonl")]
