@@ -130,20 +130,19 @@ def summary(rows: list[dict[str, Any]], base: str = "transformers bfloat16") -> 
     def median(key: tuple[str, int], field: str) -> float:
         return statistics.median(row[field] for row in groups[key])
 
+    rate = statistics.median(row["bandwidth"] for row in rows)
     lines = ["| engine | batch | rounds | prefill tokens/s | ratio | decode tokens/s | ratio | of read bandwidth |"]
     lines.append("|---|---|---|---|---|---|---|---|")
     for key, group in groups.items():
         reference = (base, 1) if (base, 1) in groups else next(iter(groups))
         prefill, decode = median(key, "prefill"), median(key, "decode")
-        used = [row["decode"] * row["read"] / row["bandwidth"] for row in group if row["read"]]
-        share = f"{statistics.median(used):.0%}" if used else ""
+        share = f"{decode * group[0]['read'] / rate:.0%}" if group[0]["read"] else ""
         ratios = prefill / median(reference, "prefill"), decode / median(reference, "decode")
         lines.append(
             f"| {key[0]} | {key[1]} | {len(group)} | {prefill:.1f} | {ratios[0]:.2f} | {decode:.2f} | {ratios[1]:.2f} "
             f"| {share} |"
         )
-    rate = statistics.median(row["bandwidth"] for row in rows) / 1e9
-    return [*lines, "", f"read bandwidth {rate:.1f} GB/s; {torch.get_num_threads()} threads; ratios to {reference[0]}"]
+    return [*lines, "", f"read bandwidth {rate / 1e9:.1f} GB/s; {torch.get_num_threads()} threads; ratios to {reference[0]}"]
 
 
 def main() -> None:
