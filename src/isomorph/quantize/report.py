@@ -28,7 +28,9 @@ def lines(result: Quantized) -> list[str]:
         kinds = ", ".join(f"{name} {dtype}" for name, dtype in result.others.items())
         text.append(f"  as they are: {kinds}")
     if result.dry_run and result.requantized:
-        text.append("  some of it lies on a grid that these settings cannot hold: needs --requantize, or --recipe lossless")
+        text.append(
+            "  some lies on a grid that these settings cannot hold: add --requantize, or take --recipe lossless"
+        )
     if result.loss is not None:
         loss = result.loss
         against = "the quantized source" if result.requantized else "the source"
