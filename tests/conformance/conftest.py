@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import tiny_gelu_gpt
+import tiny_gpt_oss
 from isomorph.frameworks.model import Model
 from tiny import tiny_config, write_checkpoint
 
@@ -37,6 +38,37 @@ def write_talkie(folder: Path) -> Path:
 
 def write_gelu_gpt(folder: Path) -> Path:
     return tiny_gelu_gpt.write_checkpoint(folder, tiny_gelu_gpt.tiny_config(sequence_len=6), seed=3)
+
+
+def write_gpt_oss(folder: Path) -> Path:
+    layers: dict[str, Any] = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+    config = tiny_gpt_oss.tiny_config(sliding_window=8, max_position_embeddings=64, **layers)
+    return tiny_gpt_oss.write_checkpoint(folder, config, seed=3)
+
+
+def shift_gpt_oss(framework: str) -> Callable[[pytest.MonkeyPatch], None]:
+    def shift(monkeypatch: pytest.MonkeyPatch) -> None:
+        if framework == "torch":
+            from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding as owner
+
+            rope = owner.forward
+            shifted: Any = lambda self, x, positions: rope(self, x, positions + (positions >= SHIFTED_FROM))
+            monkeypatch.setattr(owner, "forward", shifted)
+        elif framework == "mlx":
+            owner = model_file("gpt_oss", "mlx").YarnRoPE
+            call = owner.__call__
+            shifted = lambda self, x, offset=0: call(self, x, offset + (offset >= SHIFTED_FROM))
+            monkeypatch.setattr(owner, "__call__", shifted)
+        else:
+            import jax
+
+            owner = model_file("gpt_oss", "flax").GptOssModel
+            tables = owner.rope
+            shifted = lambda self, positions: tables(self, positions + (positions >= SHIFTED_FROM))
+            monkeypatch.setattr(owner, "rope", shifted)
+            jax.clear_caches()
+
+    return shift
 
 
 def model_file(architecture: str, framework: str) -> Any:
@@ -103,6 +135,7 @@ CASES = (
     Case("gelu_gpt", "torch", write_gelu_gpt, shift_torch("gelu_gpt")),
     Case("gelu_gpt", "mlx", write_gelu_gpt, shift_mlx("gelu_gpt", "GeluGPTModel")),
     Case("gelu_gpt", "flax", write_gelu_gpt, shift_flax("gelu_gpt")),
+    *(Case("gpt_oss", framework, write_gpt_oss, shift_gpt_oss(framework)) for framework in ("torch", "mlx", "flax")),
     Case("gemma3_text", "torch", write_gemma, shift_gemma),  # Transformers' own, with windows of 8
 )
 
