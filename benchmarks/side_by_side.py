@@ -142,7 +142,8 @@ def summary(rows: list[dict[str, Any]], base: str = "transformers bfloat16") -> 
             f"| {key[0]} | {key[1]} | {len(group)} | {prefill:.1f} | {ratios[0]:.2f} | {decode:.2f} | {ratios[1]:.2f} "
             f"| {share} |"
         )
-    return [*lines, "", f"read bandwidth {rate / 1e9:.1f} GB/s; {torch.get_num_threads()} threads; ratios to {reference[0]}"]
+    note = f"read bandwidth {rate / 1e9:.1f} GB/s; {torch.get_num_threads()} threads; ratios to {reference[0]}"
+    return [*lines, "", note]
 
 
 def main() -> None:
