@@ -14,10 +14,12 @@ const bool kBfloat16Pays = !__builtin_cpu_is("intel");
 
 void multiply(const Weights* w, const Rows* rows, int count, bool fast) {
   const bool codes_fit = w->mode == Mode::affine || w->mode == Mode::mxfp4;
-  if (rows->count <= kFew) return fast && codes_fit ? avx512::few_fast(w, rows, count) : avx512::few_exact(w, rows, count);
+  const bool coded = fast && codes_fit;
+  if (rows->count <= kFew && !coded) return avx512::few_exact(w, rows, count);
+  if (rows->count <= kFew && share_x(rows, count)) return avx512::few_fast(w, rows, count);
   const bool bfloat16 = kBfloat16Pays && codes_fit && rows->x_type == Type::bfloat16;
-  const auto wide = fast && codes_fit ? avx512::wide_int8 : bfloat16 ? avx512::wide_bfloat16 : avx512::wide_float32;
-  for (int i = 0; i < count; ++i) wide(w[i], rows[i]);
+  const auto wide = coded ? avx512::wide_int8 : bfloat16 ? avx512::wide_bfloat16 : avx512::wide_float32;
+  for (int i = 0; i < count; ++i) rows->count <= kFew ? avx512::few_fast(w + i, rows + i, 1) : wide(w[i], rows[i]);
 }
 
 void dequantize(const Weights& w, const int64_t* indices, int64_t count, void* out, Type type) {

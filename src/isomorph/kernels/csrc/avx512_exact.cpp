@@ -19,31 +19,35 @@ constexpr int kOrderedSlot = 0, kNaturalSlot = 1;
 struct FloatRows {
   const float* x;
   int64_t stride;  // K up to a multiple of the decoder's unit
-  const float* strip(int64_t m) const { return x + m * stride; }
+  int64_t apart;   // from one matrix's rows to the next one's; 0 when they share theirs
+  const float* strip(size_t matrix, int64_t m) const { return x + int64_t(matrix) * apart + m * stride; }
 };
 
 template <class Decoder>
-FloatRows ordered_rows(const Rows& rows, int64_t k) {
+FloatRows ordered_rows(const Rows* rows, int count, int64_t k) {
   constexpr int unit = Decoder::unit;
-  const int64_t stride = (k + unit - 1) / unit * unit, height = strip_rows(rows.count);
-  const int64_t padded = (rows.count + height - 1) / height * height;
-  auto* out = static_cast<float*>(scratch(kOrderedSlot, size_t(padded * stride) * 4));
+  const int64_t stride = (k + unit - 1) / unit * unit, height = strip_rows(rows->count);
+  const int64_t padded = (rows->count + height - 1) / height * height;
+  const int64_t matrices = share_x(rows, count) ? 1 : count;
+  auto* out = static_cast<float*>(scratch(kOrderedSlot, size_t(matrices * padded * stride) * 4));
   alignas(64) int32_t column[unit];
   for (int j = 0; j < Decoder::vectors; ++j)
     for (int lane = 0; lane < 16; ++lane) column[16 * j + lane] = Decoder::column(j, lane);
-  parallel(padded, std::max<int64_t>(1, 32768 / (k + 1)), [&](int64_t begin, int64_t end) {
+  parallel(matrices * padded, std::max<int64_t>(1, 32768 / (k + 1)), [&](int64_t begin, int64_t end) {
     auto* natural = static_cast<float*>(scratch(kNaturalSlot, size_t(stride) * 4));
-    for (int64_t m = begin; m < end; ++m) {
-      const int64_t there = m < rows.count ? k : 0;
+    for (int64_t each = begin; each < end; ++each) {
+      const Rows& own = rows[each / padded];
+      const int64_t m = each % padded, there = m < own.count ? k : 0;
+      const void* x = own.x[std::min(m, own.count - 1)];
       for (int64_t i = 0; i < stride; i += 16)
-        _mm512_store_ps(natural + i, load_floats(rows.x_type, rows.x[std::min(m, rows.count - 1)], i, first_lanes(std::max<int64_t>(0, there - i))));
-      float* to = out + m / height * height * stride + m % height * 16;
+        _mm512_store_ps(natural + i, load_floats(own.x_type, x, i, first_lanes(std::max<int64_t>(0, there - i))));
+      float* to = out + each / height * height * stride + m % height * 16;
       for (int64_t i = 0; i < stride; i += unit)
         for (int j = 0; j < unit; j += 16)
           _mm512_store_ps(to + (i + j) * height, _mm512_i32gather_ps(_mm512_load_si512(column + j), natural + i, 4));
     }
   });
-  return {out, stride};
+  return {out, stride, matrices == 1 ? 0 : padded * stride};
 }
 
 // One vector of each of R weight rows times M activation rows.
@@ -146,20 +150,20 @@ namespace avx512 {
 void few_exact(const Weights* w, const Rows* rows, int count) {
   with_decoder(*w, [&](const auto& decoder) {
     using Decoder = std::decay_t<decltype(decoder)>;
-    const FloatRows x = ordered_rows<Decoder>(*rows, w->columns);
+    const FloatRows x = ordered_rows<Decoder>(rows, count, w->columns);
     const int64_t batch = 16 / Decoder::groups * Decoder::unit;
     for_blocks(row_counts(w, count), w->row_bytes(), w->columns, batch, rows,
                [&](size_t i, RowSet n, Span span, int64_t m, auto R, auto M, float* sums) {
-                 exact_block<Decoder, R, M>(w[i], decoder, n, span, x.strip(m), sums);
+                 exact_block<Decoder, R, M>(w[i], decoder, n, span, x.strip(i, m), sums);
                });
   });
 }
 
 void multiply_bfloat16(const void* w, int64_t n, int64_t k, const Rows& rows) {
-  const FloatRows x = ordered_rows<Bfloat16Pairs>(rows, k);
+  const FloatRows x = ordered_rows<Bfloat16Pairs>(&rows, 1, k);
   const auto* weights = static_cast<const uint8_t*>(w);
   for_blocks({n}, 2 * k, k, 32, &rows, [&](size_t, RowSet set, Span span, int64_t m, auto R, auto M, float* sums) {
-    bfloat16_block<R, M>(weights, k, set, span, x.strip(m), sums);
+    bfloat16_block<R, M>(weights, k, set, span, x.strip(0, m), sums);
   });
 }
 

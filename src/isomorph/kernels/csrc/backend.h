@@ -2,6 +2,8 @@
 // strided activations and the scattered rows of an expert need no copy.
 #pragma once
 
+#include <algorithm>
+
 #include "format.h"
 
 namespace isomorph {
@@ -14,9 +16,15 @@ struct Rows {
   Type y_type;
 };
 
+// Whether `count` products multiply the very same activations.
+inline bool share_x(const Rows* rows, int count) {
+  return std::all_of(rows, rows + count, [&](const Rows& each) { return std::equal(rows->x, rows->x + rows->count, each.x); });
+}
+
 struct Backend {
   const char* name;
-  // y = x @ dequantized(w)^T for each of `count` weights of one format and width, whose rows have the same x and types.
+  // y = x @ dequantized(w)^T for each of `count` weights of one format and width, whose rows are equally many and of the
+  // same types; activations that they share are prepared once.
   // exact: activations as given, fp32 accumulation; fast: int8 activations per group.
   void (*multiply)(const Weights* w, const Rows* rows, int count, bool fast);
   // y = x @ w^T for bfloat16 w [n, k], contiguous.

@@ -138,13 +138,16 @@ void dispatch_fast(const Weights& w, const Rows& rows, const CodedRows& x, int64
 
 template <class V>
 void multiply(const Weights* weights, const Rows* results, int count, bool fast) {
-  const float* x = float_rows(results[0], weights[0].columns);
   const bool coded = fast && weights[0].mode == Mode::affine;
+  const float* x = nullptr;
   CodedRows codes{};
-  if (coded) codes = code_rows(results[0], x, weights[0].columns, weights[0].group);
   for (int i = 0; i < count; ++i) {
     const Weights& w = weights[i];
     const Rows& rows = results[i];
+    if (i == 0 || !share_x(&results[i - 1], 2)) {
+      x = float_rows(rows, w.columns);
+      if (coded) codes = code_rows(rows, x, w.columns, w.group);
+    }
     parallel(w.rows, grain_rows(w.row_bytes()), [&](int64_t begin, int64_t end) {
       if (coded) dispatch_fast<V>(w, rows, codes, begin, end);
       else dispatch_exact<V>(w, rows, x, begin, end);

@@ -106,12 +106,18 @@ void multiply_experts(const Packed& w, uintptr_t x, int x_type, int64_t x_stride
   std::vector<RowPointers> by_expert(size_t(w.experts));
   const int64_t x_bytes = x_stride * size_of(Type(x_type)), y_bytes = w.weights.rows * size_of(Type(y_type));
   for (int64_t i = 0; i < count; ++i) by_expert[size_t(chosen[i])].add(x, x_bytes, y, y_bytes, i / repeats, i);
+  std::vector<Weights> weights;
+  std::vector<Rows> rows;
   for (int64_t e = 0; e < w.experts; ++e)
     if (!by_expert[size_t(e)].x.empty()) {
-      const Weights expert = w.expert(e);
-      const Rows rows = by_expert[size_t(e)].rows(Type(x_type), Type(y_type));
-      backend().multiply(&expert, &rows, 1, fast);
+      weights.push_back(w.expert(e));
+      rows.push_back(by_expert[size_t(e)].rows(Type(x_type), Type(y_type)));
     }
+  // Experts that take equally many rows, as on a step of one token, are worked on together.
+  for (size_t begin = 0, end; begin < rows.size(); begin = end) {
+    for (end = begin + 1; end < rows.size() && rows[end].count == rows[begin].count;) ++end;
+    backend().multiply(&weights[begin], &rows[begin], int(end - begin), fast);
+  }
 }
 
 void multiply_bfloat16(uintptr_t w, int64_t n, int64_t k, uintptr_t x, int x_type, int64_t x_stride, int64_t count, uintptr_t y,
