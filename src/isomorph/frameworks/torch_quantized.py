@@ -102,7 +102,7 @@ class Names:
     """mlx-lm's names of a model's parameters as the model's own.
 
     Most are equal; older checkpoints' are renamed as Transformers itself renames them; mlx-lm calls every base model
-    `model` and, in gpt_neox, its list of layers `h`.
+    `model` and, in gpt_neox, its list of layers `h` and has the head among them.
     """
 
     def __init__(self, module: Any) -> None:
@@ -118,9 +118,10 @@ class Names:
         from transformers.core_model_loading import apply_renamings
 
         renamed = apply_renamings(name, self._renamings)
+        outside = apply_renamings(name.removeprefix("model."), self._renamings)
         based = re.sub(r"^model\.", self._base, renamed)
         layered = based.replace(f"{self._base}h.", f"{self._base}layers.")
-        return next((found for found in (name, renamed, based, layered) if found in self._known), None)
+        return next((found for found in (name, renamed, based, layered, outside) if found in self._known), None)
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> str:
