@@ -163,6 +163,7 @@ def test_gradients_with_and_without_checkpointing(model: Any, ids: Any) -> None:
         torch.testing.assert_close(gradient, found[1][name])
 
 
+@pytest.mark.full
 def test_static_cache_compiles_to_one_graph(tmp_path: Path, ids: Any) -> None:
     """`fullgraph=True` raises at any graph break; the eager backend leaves out only the code generation."""
     torch._dynamo.reset()

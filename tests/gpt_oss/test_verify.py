@@ -24,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("packed"), CONFIG, seed=5)
 
 
-@pytest.mark.parametrize("framework", ["mlx", "flax"])
+@pytest.mark.parametrize("framework", ["mlx", pytest.param("flax", marks=pytest.mark.full)])
 def test_a_right_port_passes_with_its_routing(folder: Path, framework: str) -> None:
     certificate = isomorph.verify(folder, folder, candidate_framework=framework, **SIZES)
     assert certificate, certificate

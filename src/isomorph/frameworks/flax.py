@@ -132,7 +132,7 @@ class FlaxModel(Model):
         An axis `data` is the callers', for rows. Raises InputError for axes that nothing is split over.
         """
         known = {axis for spec in self.specs.values() for axis in spec if axis is not None} | {"data"}
-        if unknown := sorted(set(mesh.axis_names) - known):
+        if unknown := sorted(set(mesh.shape) - known):
             raise InputError(f"expected mesh axes of {', '.join(sorted(known))}; found {', '.join(unknown)}; rename it")
         for name, value in self.parameters.items():
             axes = [axis if axis in mesh.shape else None for axis in self.specs[name]]
