@@ -40,6 +40,7 @@ def test_damage_beside_the_weights(capsys: pytest.CaptureFixture[str], tmp_path:
 def test_a_target_that_cannot_be(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "source")
     assert "writable folder" in refused(capsys, "convert", str(source), "/proc/isomorph-target")
+    assert "found ''" in refused(capsys, "convert", str(source), "")
 
 
 def test_a_report_that_is_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

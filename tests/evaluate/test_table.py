@@ -56,3 +56,5 @@ def test_other_references_and_other_kinds_are_refused() -> None:
         table(records)
     with pytest.raises(InputError, match="found none"):
         table([isomorph.evaluate.degeneration(one, [1, 2], 4).to_json()])
+    with pytest.raises(InputError, match="found one without fingerprint, model"):
+        table([{"kind": "perplexity", "results": {}}])

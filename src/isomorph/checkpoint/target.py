@@ -26,8 +26,8 @@ def _replaced_folder(target: Path) -> Path:
 def check_target(target: str | Path, force: bool, sources: Iterable[Path] = ()) -> Path:
     """The absolute target path, when it may be written. Raises InputError when it exists, or holds a source."""
     path = Path(os.path.abspath(Path(target).expanduser()))
-    if path.name == "":
-        raise InputError(f"expected a folder to write; found {target}; give it a name")
+    if not str(target) or path.name == "":
+        raise InputError(f"expected a folder to write; found {str(target)!r}; give it a name")
     if _replaced_folder(path).is_dir() and not path.exists():
         # An earlier --force was cut between its two renames: the old folder comes back first.
         os.rename(_replaced_folder(path), path)

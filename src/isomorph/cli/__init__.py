@@ -93,8 +93,8 @@ def run(arguments: list[str]) -> int:
         if message is None:
             raise
         text = " ".join(str(message()).split()).rstrip(".")
-        verb = [name for name in arguments[:1] if name in getattr(command, "commands", ())]
-        say(f"isomorph: {text or 'no verb given'}; see `{' '.join(['isomorph', *verb, '--help'])}`")
+        place = getattr(getattr(error, "ctx", None), "command_path", "isomorph")
+        say(f"isomorph: {text or 'no verb given'}; see `{place} --help`")
         return 2
 
 

@@ -31,9 +31,10 @@ def perplexity_command(model: str, scoring: Scoring, loading: Loading, as_json: 
     from isomorph import evaluate
     from isomorph.progress import progress
 
+    arguments = _arguments(scoring)
     loaded = loading.load(model)
     with progress("perplexity", scoring.limit, "tokens") as advance:
-        record = evaluate.perplexity(loaded, advance=advance, **_arguments(scoring))
+        record = evaluate.perplexity(loaded, advance=advance, **arguments)
     print_record(record, as_json)
 
 
@@ -51,10 +52,11 @@ def divergence_command(
     from isomorph import evaluate
     from isomorph.progress import progress
 
+    arguments = _arguments(scoring)
     theirs = loading.load(reference, framework=reference_framework, dtype=reference_dtype, numerics="exact")
     ours = loading.load(model)
     with progress("divergence", scoring.limit, "tokens") as advance:
-        record = evaluate.divergence(theirs, ours, advance=advance, **_arguments(scoring))
+        record = evaluate.divergence(theirs, ours, advance=advance, **arguments)
     print_record(record, as_json)
 
 
@@ -87,6 +89,10 @@ def table_command(
 
 
 def _arguments(scoring: Scoring) -> dict[str, Any]:
+    """As `evaluate` takes them; mistakes show before a model is loaded."""
+    from isomorph.evaluate.protocols import protocol_named
+
+    protocol_named(scoring.protocol, scoring.window, scoring.stride, scoring.limit)
     return {**vars(scoring), "text": read_text(scoring.text)}
 
 

@@ -215,6 +215,8 @@ def protocol_named(
         chosen = replace(chosen, stride=stride)
     if limit is not None:
         chosen = replace(chosen, limit=limit)
+    if chosen.limit is not None and chosen.limit < 2:
+        raise InputError(f"expected a limit of at least 2 tokens; found {chosen.limit}; leave it out for all of them")
     if chosen.window < 2 or not 1 <= chosen.stride <= chosen.window:
         found = f"window {chosen.window}, stride {chosen.stride}"
         raise InputError(f"expected a window of at least 2 tokens and a stride between 1 and it; found {found}")

@@ -23,6 +23,9 @@ def table(records: Sequence[Mapping[str, Any]], names: Mapping[str, str] | None 
     Raises InputError for records of other tokens or windows than the first one's (another text, tokenizer, protocol or
     context), of divergences from another reference, or of nothing that a table shows: such numbers do not compare.
     """
+    for record in records:
+        if missing := sorted({"kind", "model", "protocol", "results", "fingerprint"} - record.keys()):
+            raise InputError(f"expected records as evaluate --json prints them; found one without {', '.join(missing)}")
     shown = [record for record in records if record["kind"] in {kind for kind, *_ in COLUMNS.values()}]
     if not shown:
         raise InputError("expected records of perplexity or divergence; found none; give what evaluate --json printed")

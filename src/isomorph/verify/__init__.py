@@ -44,6 +44,8 @@ def verify(
     """
     if report is not None and Path(report).exists() and not Path(report).is_dir():
         raise InputError(f"expected a folder for the report; found the file {report}; choose another name")
+    if greedy_tokens < 1:
+        raise InputError(f"expected at least one token to generate; found greedy_tokens={greedy_tokens}; leave it out")
     from isomorph.verify.session import Session
     from isomorph.verify.side import Side
 
