@@ -120,7 +120,7 @@ PUBLISHED = {
 @LINUX
 @pytest.mark.parametrize(
     ("source", "target", "dtype"),
-    [("transformers", "mlx-folded", ""), ("original", "flax", "")],
+    [("transformers", "mlx-folded", ""), ("original", "flax", ""), ("original", "transformers-folded", "float32")],
 )
 def test_the_peak_is_a_few_blocks(tmp_path: Path, source: str, target: str, dtype: str) -> None:
     model = sparse_checkpoint(tmp_path / "source", source, **MIDDLING)

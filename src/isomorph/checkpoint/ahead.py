@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 #: Items made ahead of the one in use: blocks of a few megabytes, where this is used.
-DEPTH = 8
+DEPTH = 2
 
 
 def ahead(items: Iterator[Any]) -> Generator[Any, None, None]:
