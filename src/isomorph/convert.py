@@ -215,6 +215,8 @@ def stock_plan(checkpoint: Checkpoint, to: str, layout: str | None, dtype: str |
     tensors = [_cast(tensor, dtype) for tensor in checkpoint.tensors.values()]
     kept = {key: value for key, value in (checkpoint.config or {}).items() if key not in ("dtype", "torch_dtype")}
     config = kept | _dtype_keys(tensors)
+    if checkpoint.packing is not None and checkpoint.quantization is not None:
+        config |= dict.fromkeys(QUANTIZATION_KEYS, checkpoint.quantization)
     code: dict[str, Content] = {path.name: path for path in sorted(checkpoint.folder.glob("*.py"))}
     name = {"pt": "transformers", "mlx": "mlx-lm"}[container]
     return Plan(name, name, tensors, container, sum(t.size for t in tensors), config, None, code)

@@ -103,6 +103,8 @@ def inspect(
         values, dropped, parameters = dict(checkpoint.config or {}), {}, _unpacked_parameters(checkpoint)
         name = {"pt": "transformers", "mlx": "mlx-lm"}.get(checkpoint.metadata.get("format", "pt"), checkpoint.kind)
         description = "as its library names it"
+        if checkpoint.packing is not None:
+            description += f"; {checkpoint.packing} weights, seen and counted as what MLX stores"
         loads = _stock_loads(checkpoint, str(values.get("model_type")))
     payload = sum(tensor.nbytes for tensor in checkpoint.tensors.values() if tensor.name not in dropped)
     stored: Counter[str] = Counter()
@@ -200,6 +202,9 @@ def _stock_loads(checkpoint: Checkpoint, model_type: str) -> dict[str, str]:
         loads["mlx-lm"] = "natively"
     else:
         loads["mlx-lm"] = "with trust_remote_code" if "model_file" in config else f"no: no {model_type!r}"
+    if checkpoint.packing is not None:
+        loads["transformers"] = f"with what it wants for {checkpoint.packing}"
+        return loads | {"isomorph": "torch", "mlx-lm": "no: run isomorph quantize --recipe lossless first"}
     through = {"transformers": "torch", "mlx-lm": "mlx"}
     loads["isomorph"] = ", ".join(through[key] for key in through if not loads[key].startswith("no")) or "no"
     return loads

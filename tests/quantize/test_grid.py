@@ -130,7 +130,10 @@ def test_affine_codes_move_into_wider_ones() -> None:
     moved = regridded(packed, settings, wider)
     assert moved is not None
     assert np.array_equal(dequantize_array(moved, wider), dequantize_array(packed, settings))
-    assert regridded(packed, settings, Settings(3, 64)) is None and not holds(settings, Settings(8, 32))
+    finer = regridded(packed, settings, Settings(8, 32))
+    assert finer is not None
+    assert np.array_equal(dequantize_array(finer, Settings(8, 32)), dequantize_array(packed, settings))
+    assert regridded(packed, settings, Settings(3, 64)) is None and not holds(settings, Settings(8, 128))
     # The same scales and biases as mxfp4 would have, over codes that it does not have.
     exact = regridded(quantize_array(WEIGHTS, MXFP4), MXFP4, Settings(5, 32))
     assert exact is not None

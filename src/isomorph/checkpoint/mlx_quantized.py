@@ -41,6 +41,9 @@ class QuantizedModule:
 
     def dequantized(self, dtype: str | None = None) -> Tensor:
         """The weights as a lazy float tensor named `path.weight`, in `dtype` or as MLX gives them."""
+        if self.settings.affine and self.scales.dtype == "float32" and dtype in ("bfloat16", "float16"):
+            # Scales of 32 bits are there because products of 16 would be off: the sum is rounded, once.
+            return self.dequantized().cast(dtype)
         dtype = dtype or (self.scales.dtype if self.settings.affine else "bfloat16")
         return Tensor(
             f"{self.path}.weight",

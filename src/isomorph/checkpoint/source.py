@@ -12,6 +12,7 @@ from typing import Any
 from isomorph.checkpoint.hub import fetch, is_hub_id
 from isomorph.checkpoint.mxfp4 import packed_view
 from isomorph.checkpoint.orbax_folder import ITEM, find_item, read_orbax
+from isomorph.checkpoint.packings import mlx_view
 from isomorph.checkpoint.safetensors_file import REPAIR, read_safetensors
 from isomorph.checkpoint.tensor import Tensor
 from isomorph.checkpoint.torch_file import SUFFIXES, open_torch
@@ -35,6 +36,8 @@ class Checkpoint:
     config.json with the caller's `overrides` applied, or None when there is no config.json; `metadata` is the
     safetensors header's; `kind` is `safetensors`, `torch`, `orbax`, or `config` for a folder without weights; `files`
     are the weight files. What other metadata say of the model (nanochat's, a training run's) is among `overrides`.
+    `packing` names the format (`awq`, ...) of a folder that another tool quantized; `tensors` and `config` show it as
+    MLX stores the same weights.
     """
 
     path: Path
@@ -44,6 +47,7 @@ class Checkpoint:
     kind: str
     files: tuple[Path, ...] = ()
     overrides: dict[str, Any] = field(default_factory=dict)
+    packing: str | None = None
 
     @property
     def folder(self) -> Path:
@@ -210,7 +214,8 @@ def _safetensors_checkpoint(
             _check_index(file, content.tensors, index)
         tensors |= content.tensors
     tensors, config = packed_view(tensors, config)
-    return Checkpoint(path, config, tensors, metadata, "safetensors", tuple(files), overrides)
+    tensors, config, packing = mlx_view(tensors, config)
+    return Checkpoint(path, config, tensors, metadata, "safetensors", tuple(files), overrides, packing)
 
 
 def _index(folder: Path) -> dict[str, str]:

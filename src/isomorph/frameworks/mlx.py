@@ -299,6 +299,12 @@ def _load_stock(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool) -> 
 
     if checkpoint.kind != "safetensors":
         raise InputError(f"expected safetensors for mlx-lm; found {checkpoint.path}; convert it first")
+    if checkpoint.packing is not None:
+        # mlx-lm rounds AWQ's biases to 16 bits, takes GPTQ for AWQ, and others for what they are not.
+        raise InputError(
+            f"expected weights as MLX stores them; found {checkpoint.packing} in {checkpoint.path}; "
+            "run isomorph quantize --recipe lossless first, or use framework torch"
+        )
     try:
         module, config = load_with_mlx_lm(
             checkpoint.folder, lazy=True, model_config=dict(checkpoint.overrides), trust_remote_code=trust_remote_code

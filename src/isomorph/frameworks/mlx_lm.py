@@ -27,7 +27,7 @@ def load_model(
     Options are those of `frameworks.mlx.load_model`. Raises InputError.
     """
     own = {} if trust_remote_code else {"model_file": None}
-    stock = replace(checkpoint, overrides={**checkpoint.overrides, **own})
+    stock = replace(checkpoint, overrides={**checkpoint.overrides, **own}, packing=None)
     model = mlx.load_model(None, stock, None, trust_remote_code=trust_remote_code, **options)
     model.framework = FRAMEWORK
     return model

@@ -62,7 +62,7 @@ def load_model(
     device_here = torch_device(device)
     module: Any
     if architecture is None:
-        if checkpoint.quantization is not None or is_quantized(checkpoint.tensors):
+        if checkpoint.quantization is not None or checkpoint.packing or is_quantized(checkpoint.tensors):
             module, config = quantized_model(checkpoint, dtype, fast=numerics == "fast")
         else:
             module, config = stock_model(checkpoint, dtype, trust_remote_code)

@@ -12,6 +12,7 @@ from typing import Any
 from isomorph.checkpoint.source import Checkpoint
 from isomorph.errors import InputError
 from isomorph.port.declared import declared_dtype, promised
+from isomorph.quantize.experts import REARRANGED, STACKED
 
 FORMATS = {"transformers": "pt", "mlx": "mlx"}
 
@@ -24,6 +25,14 @@ def shared_layout(checkpoint: Checkpoint, to: str) -> str:
     """
     own = checkpoint.metadata.get("format", "pt")
     model_type = str((checkpoint.config or {}).get("model_type"))
+    if checkpoint.packing is not None and checkpoint.quantization is not None:
+        # mlx-lm stacks and turns floats only, so where it would do that the quantizer does.
+        if to == "mlx" and mlx_lm_has(model_type) and model_type not in STACKED | REARRANGED:
+            return "mlx"
+        raise InputError(
+            f"expected weights that {to} can hold as {checkpoint.packing} has them; found a {model_type}; "
+            "run isomorph quantize --recipe lossless for MLX, or add --dequantize"
+        )
     if own == FORMATS[to]:
         return own
     if checkpoint.quantization is not None or "quantization_config" in (checkpoint.config or {}):

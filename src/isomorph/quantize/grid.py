@@ -62,7 +62,8 @@ def holds(grid: Settings, target: Settings) -> bool:
         return True
     if grid == MXFP4:
         return target.affine and target.group_size == grid.group_size and target.bits >= _DOUBLED_BITS
-    return grid.affine and target.affine and target.group_size == grid.group_size and target.bits >= grid.bits
+    finer = grid.group_size % target.group_size == 0
+    return grid.affine and target.affine and finer and target.bits >= grid.bits
 
 
 def grid_of(tensor: Tensor) -> Settings | None:
@@ -113,7 +114,10 @@ def regridded(packed: Packed, settings: Settings, target: Settings) -> Packed | 
         found = mxfp4_from_affine(packed, settings.bits)
         return None if found is None else Packed(*found, None)
     if holds(settings, target):
-        return packed._replace(weight=pack(unpack(packed.weight, settings.bits), target.bits))
+        assert packed.biases is not None
+        times = settings.group_size // target.group_size
+        scales, biases = (np.repeat(part, times, axis=-1) for part in (packed.scales, packed.biases))
+        return Packed(pack(unpack(packed.weight, settings.bits), target.bits), scales, biases)
     return None
 
 

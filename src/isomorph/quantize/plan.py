@@ -135,17 +135,21 @@ def make_plan(
 def _decided(decision: Decision, recipe: Recipe, default: Settings, block_count: int, requantize: bool) -> Decision:
     """What stays as it is stays packed where the source has it so."""
     tensor, grid = decision.tensor, decision.grid
-    own = decision.packed.settings if decision.packed is not None else None
+    module = decision.packed
+    own = None if module is None else module.settings
+    # Codes that stay exact keep the dtype of their scales, whatever the model is cast to.
+    kept = tensor.cast(module.scales.dtype) if module is not None and module.settings.affine else tensor
     settings = recipe.choose(decision.path, decision.role, tensor.shape, default, block_count, grid)
     if settings is None:
-        return replace(decision, settings=own, reason="the recipe keeps it", kept=own is None, exact=True)
+        reason = "the recipe keeps it"
+        return replace(decision, tensor=kept, settings=own, reason=reason, kept=own is None, exact=True)
     if not settings.fits(tensor.shape[-1]):
         reason = f"{tensor.shape[-1]} columns do not divide into groups of {settings.group_size}"
-        return replace(decision, settings=own, reason=reason, exact=True)
+        return replace(decision, tensor=kept, settings=own, reason=reason, exact=True)
     exact = settings in (own, grid) or (not requantize and grid is not None and holds(grid, settings))
-    if exact and grid in INTEGERS and own is None:
-        # Their scales times whole numbers need more bits than 16-bit floats have.
-        tensor = tensor.cast("float32")
+    if exact:
+        # Scales times whole numbers need more bits than 16-bit floats have.
+        tensor = tensor.cast("float32") if grid in INTEGERS and module is None else kept
     return replace(decision, tensor=tensor, settings=settings, exact=exact)
 
 
