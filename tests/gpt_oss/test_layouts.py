@@ -104,9 +104,9 @@ def test_config_in_both_styles() -> None:
     newer = {key: value for key, value in published.items() if not key.startswith("rope")}
     newer["rope_parameters"] = {**published["rope_scaling"], "rope_theta": published["rope_theta"]}
     assert GptOssConfig.from_dict(newer) == config
-    # Transformers truncates where a config does not say.
-    silent = {key: value for key, value in published["rope_scaling"].items() if key != "truncate"}
-    assert GptOssConfig.from_dict(published | {"rope_scaling": silent}).rope_scaling.truncate is True
+    # What Transformers takes where a config does not say: the ramp truncated, the context that is there.
+    silent = GptOssConfig.from_dict(published | {"rope_scaling": {"type": "yarn", "factor": 32.0}}).rope_scaling
+    assert silent == YarnScaling(truncate=True, original_max_position_embeddings=131072)
 
 
 @pytest.mark.parametrize(
@@ -115,6 +115,7 @@ def test_config_in_both_styles() -> None:
         ({"num_experts": 9}, "must agree"),
         ({"nonsense": 1}, "unknown config keys for gpt_oss: nonsense"),
         ({"rope_scaling": {"rope_type": "linear"}}, "must be 'yarn'"),
+        ({"rope_scaling": {"factor": 8.0}}, "must be 'yarn', found 'default'"),
         ({"rope_scaling": {"mscale": 1.0}}, "rope_scaling.mscale"),
         ({"rope_scaling": 3}, "must be an object"),
         ({"rope_parameters": {"rope_theta": 10000.0}}, "stated twice"),

@@ -135,7 +135,11 @@ class GptOssConfig:
         if rope is not None:
             if not isinstance(rope, Mapping):
                 raise ValueError(f"config key 'rope_scaling' must be an object, found {rope!r}")
-            scaling = {"truncate": True, **rope}  # what Transformers takes where a config does not say
+            # What Transformers takes where a config does not say.
+            length = given.get("max_position_embeddings", fields["max_position_embeddings"].default)
+            unstated = {"truncate": True, "original_max_position_embeddings": length}
+            unstated["rope_type"] = rope.get("type", "default")
+            scaling = {**unstated, **{key: value for key, value in rope.items() if key != "type"}}
             theta = scaling.pop("rope_theta", None)
             if theta is not None and given.setdefault("rope_theta", theta) != theta:
                 raise ValueError("config key 'rope_theta' is stated twice, differently; correct config.json")
