@@ -87,7 +87,7 @@ MLX_KEYS: dict[str, dict] = {
 def random_folder(model_type: str, folder: Path, **extra: object) -> Path:
     """A float32 checkpoint with a tokenizer, as `save_pretrained` writes it."""
     torch.manual_seed(1)
-    keys = GPT_OSS if model_type == "gpt_oss" else MODELS[model_type]
+    keys = GPT_OSS if model_type == "gpt_oss" else MODELS.get(model_type, {})
     config = transformers.CONFIG_MAPPING[model_type](**COMMON | keys | extra)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

@@ -283,6 +283,36 @@ def test_fast_is_another_result_and_other_numerics_are_refused(quick):
 def test_views_do_not_copy():
     array = np.arange(6, dtype=np.uint32)
     assert torch_view(array).data_ptr() == array.ctypes.data
+    assert torch_view(np.array(3.0)).shape == ()
+
+
+def test_convolutions_lie_the_other_way_round(tmp_path):
+    """lfm2's, as stock mlx-lm writes them; they remember what is no key and no value."""
+    layers = {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}
+    source = random_folder("lfm2", tmp_path / "source", **layers)
+    isomorph.quantize(source, tmp_path / "own", bits=4, group_size=32)
+    name, ids = "model.layers.0.conv.conv.weight", np.arange(3, 20)[None]
+
+    def turned(tensors, config):
+        tensors[name] = np.ascontiguousarray(tensors[name].swapaxes(1, 2))
+
+    def wrong(tensors, config):
+        tensors[name] = np.ascontiguousarray(tensors[name][:, :, ::-1].swapaxes(1, 2))
+
+    expected = isomorph.load(tmp_path / "own", dtype="float32").logits(ids)
+    for change, same in ((turned, True), (wrong, False)):
+        folder = rewritten(tmp_path / "own", tmp_path / change.__name__, change)
+        model = isomorph.load(folder, dtype="float32")
+        assert np.array_equal(model.logits(ids), expected) == same
+    with pytest.raises(InputError, match="found lfm2, some of whose keep another state; use framework mlx"):
+        model.generate(ids[0], max_tokens=2)
+
+
+def test_numbers_that_mlx_lm_changes_are_refused(quick, tmp_path):
+    change = lambda tensors, config: config.update(model_type="qwen3_next")
+    folder = rewritten(quick[QUICK[0]] / "quantized", tmp_path / "folder", change)
+    with pytest.raises(InputError, match="found 'qwen3_next', whose mlx-lm changes"):
+        isomorph.load(folder, framework="torch")
 
 
 def test_fast_adds_no_divergence_that_counts(tmp_path):

@@ -40,8 +40,12 @@ COMMON = {
     "norm_topk_prob": True,
     "mlp_only_layers": [],
     "torch_dtype": "bfloat16",
+    **dict.fromkeys(
+        ["embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"], 1.0
+    ),  # granite's
+    "attention_bias": False,
 }
-INNER = {"mixtral": 128, "olmoe": 128, "qwen2_moe": 96, "qwen3_moe": 96}
+INNER = {"granitemoe": 128, "mixtral": 128, "olmoe": 128, "qwen2_moe": 96, "qwen3_moe": 96}
 
 
 def shapes_of(model_type: str) -> dict[str, tuple[int, ...]]:
@@ -59,6 +63,14 @@ def shapes_of(model_type: str) -> dict[str, tuple[int, ...]]:
         if model_type in ("olmoe", "qwen3_moe"):
             width = {"q": 64, "k": 32} if model_type == "olmoe" else {"q": 16, "k": 16}
             shapes |= {f"{block}self_attn.{name}_norm.weight": (size,) for name, size in width.items()}
+        if model_type == "granitemoe":  # all experts joined
+            moe = f"{block}block_sparse_moe."
+            shapes[f"{moe}router.layer.weight"] = (4, hidden)
+            shapes |= {
+                f"{moe}input_linear.weight": (4, 2 * inner, hidden),
+                f"{moe}output_linear.weight": (4, hidden, inner),
+            }
+            continue
         moe = f"{block}{'block_sparse_moe' if model_type == 'mixtral' else 'mlp'}."
         shapes[f"{moe}gate.weight"] = (4, hidden)
         up, gate, down = ("w3", "w1", "w2") if model_type == "mixtral" else ("up_proj", "gate_proj", "down_proj")

@@ -20,7 +20,7 @@ from isomorph.checkpoint.mlx_quantized import is_quantized, quantized_modules
 from isomorph.checkpoint.tensor import FLOATING
 from isomorph.errors import InputError, did_you_mean
 from isomorph.frameworks.model import Model
-from isomorph.frameworks.torch_cache import windows_of
+from isomorph.frameworks.torch_cache import keeps_keys_and_values, windows_of
 from isomorph.frameworks.torch_quantized import fill, quantized_model
 from isomorph.frameworks.torch_state import TorchDecodeState
 from isomorph.frameworks.torch_step import Steps
@@ -259,6 +259,11 @@ class TorchModel(Model):
     def _decode_state(
         self, batch_size: int, left_padding: np.ndarray | None, max_length: int | None
     ) -> TorchDecodeState:
+        if not keeps_keys_and_values(self.module.config.get_text_config()):
+            raise InputError(
+                f"expected a model whose layers remember keys and values; found {self.architecture}, "
+                "some of whose keep another state; use framework mlx to generate"
+            )
         padding = np.zeros(batch_size, np.int64) if left_padding is None else left_padding
         return TorchDecodeState(self, padding, max_length)
 

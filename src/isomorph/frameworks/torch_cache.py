@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 #: Slots that a layer has room for when nobody says how many; they double when they are full.
 SMALLEST_ROOM = 256
@@ -21,6 +21,11 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 def windows_of(config: Any) -> list[int | None]:
     """How many keys a token of each layer sees, itself included, as Transformers' own cache has it; None: all."""
     return [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
+
+
+def keeps_keys_and_values(config: Any) -> bool:
+    """Whether attention is all that layers remember; convolutions and recurrences keep states of another kind."""
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=config).layers)
 
 
 class SlotLayer(DynamicLayer):

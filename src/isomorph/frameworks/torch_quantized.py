@@ -23,6 +23,9 @@ from isomorph.kernels.modules import QuantizedEmbedding, QuantizedLinear
 #: Tables that older exports carry along and the models compute themselves.
 DROPPED = re.compile(r"\.(rotary_emb\.inv_freq|attention\.(masked_bias|bias)|attn\.(masked_bias|bias))$")
 
+#: model_types whose weights mlx-lm (0.32) adds to or multiplies: the names are Transformers', the numbers are not.
+CHANGED = frozenset(["falcon_h1", "qwen3_5", "qwen3_5_moe", "qwen3_next", "step3p5"])
+
 
 def quantized_model(checkpoint: Checkpoint, dtype: str | None, fast: bool) -> tuple[nn.Module, Any]:
     """The folder's model on the CPU, in `dtype` (default: the scales' dtype), and its config. Raises InputError."""
@@ -36,6 +39,11 @@ def quantized_model(checkpoint: Checkpoint, dtype: str | None, fast: bool) -> tu
         raise InputError(
             f"expected a model_type that isomorph or Transformers knows; found {model_type!r}"
             f"{did_you_mean(str(model_type), CONFIG_MAPPING_NAMES)}; use framework mlx"
+        )
+    if model_type in CHANGED:
+        raise InputError(
+            f"expected weights that mean in Transformers what they mean in mlx-lm; found {model_type!r}, whose mlx-lm "
+            "changes as it converts them; use framework mlx"
         )
     packed = quantized_modules(checkpoint.tensors, checkpoint.quantization)
     target = getattr(torch, dtype or _stored_dtype(checkpoint))
@@ -139,6 +147,10 @@ def _assign(module: nn.Module, name: str, value: torch.Tensor) -> None:
         owner.bias = value.to(owner.bias.dtype)  # type: ignore[union-attr]
         return
     place = getattr(owner, leaf)
+    if isinstance(owner, nn.Conv1d) and value.shape != place.shape:
+        value = value.mT  # MLX's kernels are [out, width, in]
+    if value.numel() == place.numel() == 1:
+        value = value.reshape(place.shape)
     check_shape(name, value.shape, place.shape)
     put(owner, leaf, value.to(place.dtype, copy=True))
 

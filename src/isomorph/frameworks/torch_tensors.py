@@ -19,9 +19,8 @@ def torch_view(value: np.ndarray) -> torch.Tensor:
     bits = {"bfloat16": np.int16, "uint32": np.int32}.get(value.dtype.name)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not writable.*")
-        tensor = torch.from_numpy(
-            np.ascontiguousarray(value) if bits is None else np.ascontiguousarray(value).view(bits)
-        )
+        value = np.asarray(value, order="C")  # ascontiguousarray would give a scalar a dimension
+        tensor = torch.from_numpy(value if bits is None else value.view(bits))
     return tensor.view(torch.bfloat16) if value.dtype.name == "bfloat16" else tensor
 
 

@@ -18,7 +18,18 @@ from isomorph.errors import InputError
 
 #: model_types of which Transformers stores each expert alone and mlx-lm calls the stacks `switch_mlp`.
 STACKED = frozenset(
-    ["ernie4_5_moe", "glm4_moe", "lfm2_moe", "minimax", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe"]
+    [
+        "ernie4_5_moe",
+        "glm4_moe",
+        "granitemoe",
+        "lfm2_moe",
+        "minimax",
+        "mixtral",
+        "olmoe",
+        "phimoe",
+        "qwen2_moe",
+        "qwen3_moe",
+    ]
 )
 
 #: model_types whose matrices mlx-lm turns or stacks as it loads them, which it can do with floats only.
@@ -30,6 +41,9 @@ REARRANGED = frozenset(
 _PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 _ONE = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)\.(weight|bias)")
+#: How granitemoe calls them, joined.
+_LINEAR = {"input_linear.weight": "experts.gate_up_proj", "output_linear.weight": "experts.down_proj"}
+
 _ALL = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)(_bias)?")
 
 
@@ -46,6 +60,10 @@ def as_mlx_lm_holds_them(tensors: Mapping[str, Tensor], config: Mapping[str, Any
         )
     if model_type not in STACKED:
         return dict(tensors)
+    if model_type == "granitemoe":
+        tensors = {
+            re.sub(r"\w+_linear\.weight$", lambda match: _LINEAR[match[0]], name): t for name, t in tensors.items()
+        }
     if any(_ALL.fullmatch(name) for name in tensors):
         parted = _parted(tensors)
         return {name.replace(".experts.", ".switch_mlp."): tensor for name, tensor in parted.items()}

@@ -59,7 +59,7 @@ BARE_ROUTERS = frozenset(
 #: Further rules: granite's weights are small enough to underflow the scales of some formats.
 OWN_RULES = {
     "granite": (Rule(EIGHT_BITS, roles=("o", "down", "head")),),
-    "granitemoe": (Rule(EIGHT_BITS, roles=("o", "down", "head")),),
+    "granitemoe": (Rule(EIGHT_BITS, roles=("o", "head")), Rule(EIGHT_BITS, match=("*mlp.down_proj",))),
     "longcat_flash": (Rule(EIGHT_BITS, match=("*classifier",)),),
 }
 
