@@ -24,6 +24,16 @@ def test_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert "empty name" in refused(capsys, "inspect", "")
 
 
+def test_an_interruption_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(what: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("isomorph.catalogue.catalogue", interrupted)
+    assert run(["list"]) == 130
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("isomorph: interrupted; run it again")
+
+
 def test_damage_beside_the_weights(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     source, target = write_checkpoint(tmp_path / "source"), tmp_path / "target"
     (source / "tokenizer.json").write_text("{")

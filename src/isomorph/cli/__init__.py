@@ -33,6 +33,9 @@ evaluate_app = typer.Typer(
     rich_markup_mode=None,
 )
 
+#: Exit code after Ctrl-C, as shells have it.
+INTERRUPTED = 130
+
 VERBS: dict[str, Callable[..., None]] = {
     "list": models.list_command,
     "inspect": models.inspect_command,
@@ -74,13 +77,15 @@ def run(arguments: list[str]) -> int:
     command = get_command(app)
     try:
         result = command.main(args=arguments, prog_name="isomorph", standalone_mode=False)
+        if result == INTERRUPTED:  # what typer makes of Ctrl-C
+            raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
     except InputError as error:
         say(f"isomorph: {error}")
         return 2
     except (KeyboardInterrupt, typer.Abort):
-        say("isomorph: interrupted; run the same command again to go on where it stopped")
-        return 130
+        say("isomorph: interrupted; run it again (convert, quantize and train go on where they stopped)")
+        return INTERRUPTED
     except BrokenPipeError:
         # The reader of our stdout went away (`| head`); nothing more can be said there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
