@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -24,14 +26,27 @@ def test_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert "empty name" in refused(capsys, "inspect", "")
 
 
-def test_an_interruption_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(what: str) -> None:
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted; run it again"),
+        (OSError(errno.EROFS, os.strerror(errno.EROFS), "/there/run"), 2, "/there/run; found: Read-only file system"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 2, "its files; found: No space left"),
+    ],
+    ids=str,
+)
+def test_what_comes_from_outside_is_told_in_one_line(
+    error: BaseException, code: int, told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(what: str) -> None:
+        raise error
 
-    monkeypatch.setattr("isomorph.catalogue.catalogue", interrupted)
-    assert run(["list"]) == 130
+    monkeypatch.setattr("isomorph.catalogue.catalogue", failing)
+    assert run(["list"]) == code
     captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.startswith("isomorph: interrupted; run it again")
+    assert captured.out == "" and told in captured.err and captured.err.count("\n") == 1
+    monkeypatch.undo()
+    assert run(["list"]) == 0
 
 
 def test_damage_beside_the_weights(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -90,6 +90,11 @@ def run(arguments: list[str]) -> int:
         # The reader of our stdout went away (`| head`); nothing more can be said there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        # A full disk or a folder that may not be written, met anywhere: no fault of the code.
+        where = error.filename or "its files"
+        say(f"isomorph: expected to read and write {where}; found: {error.strerror or error}; see to it, run it again")
+        return 2
     except typer.Exit as stop:
         return stop.exit_code
     except Exception as error:
