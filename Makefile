@@ -22,10 +22,11 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Two workers with a thread of torch's each: threads beyond the cores wait for one another. The kernels' pool keeps two.
 test: lint
-	$(BIN)/pytest -m 'not full' -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 ISOMORPH_NUM_THREADS=2 $(BIN)/pytest -m 'not full' -n 2 --dist loadfile
 
-# Longer checks; the last result is committed as docs/test-full.md.
+# Longer checks; the last result is committed as docs/records/test-full.md.
 test-full: lint
 	$(BIN)/python tests/full.py
 
