@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from isomorph import architectures, port
+from isomorph.checkpoint.mlx_quantized import quantized_modules
 from isomorph.checkpoint.source import Checkpoint, open_checkpoint
 from isomorph.checkpoint.target import size
 from isomorph.checkpoint.tensor import FLOATING, NUMPY_DTYPES, Tensor, from_array
@@ -212,7 +213,8 @@ def _stock_loads(checkpoint: Checkpoint, model_type: str) -> dict[str, str]:
 
 def _unpacked_parameters(checkpoint: Checkpoint) -> int:
     """Weights of a model whose architecture we have no table for; packed codes count as what they stand for."""
-    quantization, tensors, total = checkpoint.quantization or {}, checkpoint.tensors, 0
+    tensors, total = checkpoint.tensors, 0
+    modules = quantized_modules(tensors, checkpoint.quantization)
     for name, tensor in tensors.items():
         if name.removesuffix("_scales") + "_blocks" in tensors:
             continue  # gpt-oss' MXFP4: two codes a byte in X_blocks, an exponent for each 32 of them in X_scales.
@@ -220,38 +222,27 @@ def _unpacked_parameters(checkpoint: Checkpoint) -> int:
             total += 2 * tensor.size
             continue
         module, _, part = name.rpartition(".")
-        packed = f"{module}.scales" in tensors and f"{module}.weight" in tensors
-        if packed and part in ("scales", "biases"):
+        if module in modules and part in ("scales", "biases"):
             continue
-        bits = _settings(quantization, module).get("bits", 4)
-        total += tensor.size * 32 // bits if packed and tensor.dtype == "uint32" else tensor.size
+        total += math.prod(modules[module].shape) if module in modules and part == "weight" else tensor.size
     return total
 
 
-def _settings(quantization: Mapping[str, Any], module: str) -> Mapping[str, Any]:
-    own = quantization.get(module)
-    return {**quantization, **own} if isinstance(own, Mapping) else quantization
-
-
 def _quantization(checkpoint: Checkpoint) -> Quantization | None:
-    quantization, tensors = checkpoint.quantization, checkpoint.tensors
-    if quantization is None:
+    if checkpoint.quantization is None:
         return None
-    modules: Counter[str] = Counter()
-    unquantized = []
-    for name, tensor in tensors.items():
-        module = name.removesuffix(".weight")
-        if f"{module}.scales" in tensors and module != name:
-            own = _settings(quantization, module)
-            modules[f"{own.get('bits')}-bit group {own.get('group_size')} {own.get('mode', 'affine')}"] += 1
-        elif len(tensor.shape) > 1 and not name.endswith((".scales", ".biases", "bias")):
-            unquantized.append(name)
-    return Quantization(dict(modules.most_common()), unquantized)
+    modules = quantized_modules(checkpoint.tensors, checkpoint.quantization)
+    stored = Counter(f"{s.bits}-bit group {s.group_size} {s.mode}" for s in (m.settings for m in modules.values()))
+    unquantized = [
+        name
+        for name, tensor in checkpoint.tensors.items()
+        if len(tensor.shape) > 1 and name.rpartition(".")[0] not in modules and not name.endswith("bias")
+    ]
+    return Quantization(dict(stored.most_common()), unquantized)
 
 
 def _grids(checkpoint: Checkpoint) -> dict[str, str]:
     """Module -> the cheaper grid that its first rows lie on, where there is one."""
-    from isomorph.checkpoint.mlx_quantized import quantized_modules
     from isomorph.quantize.grid import MXFP4, grid_of_packed
 
     found: dict[str, str] = {}

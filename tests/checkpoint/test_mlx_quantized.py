@@ -77,11 +77,14 @@ def test_settings_that_the_config_leaves_out_are_inferred():
     modules = quantized_modules(tensors, QUANTIZATION)
     assert modules["a"].settings == Settings(4, 64) and modules["b"].settings == Settings(3, 32)
     # 6 bits in groups of 64 store as many bits a group as 3 in groups of 128: only the width can tell.
-    ambiguous = module("c", Settings(6, 64))
+    ambiguous = {**module("a"), **module("c", Settings(6, 64))}
     with pytest.raises(InputError, match="add its own settings under 'quantization'"):
         quantized_modules(ambiguous, QUANTIZATION)
-    assert quantized_modules(ambiguous, QUANTIZATION, {"c": 256})["c"].settings == Settings(6, 64)
+    assert quantized_modules(ambiguous, QUANTIZATION, {"a": 256, "c": 256})["c"].settings == Settings(6, 64)
     assert quantized_modules(ambiguous, {**QUANTIZATION, "c": {"bits": 6, "group_size": 64}})["c"].shape == (6, 256)
+    # Defaults that nothing has are a mistake, even where shapes allow one reading only.
+    with pytest.raises(InputError, match=r"expected 4-bit affine in groups of 64, .* found 'b' with 3-bit"):
+        quantized_modules(module("b", Settings(3, 32)), QUANTIZATION)
 
 
 def test_entries_of_the_config():
@@ -110,6 +113,8 @@ def faults():
     yield "no config", good, None, "expected 'quantization' in config.json"
     yield "config of another kind", good, "4bit", "expected an object as 'quantization' in config.json"
     yield "no bits", good, {"group_size": 64}, "expected bits and group_size under 'quantization'"
+    yield "bits of null", good, {"group_size": 64, "bits": None}, "expected bits and group_size under 'quantization'"
+    yield "kept, it says", good, {**QUANTIZATION, "m": False}, "expected 'm' as plain weights"
     yield (
         "other bits",
         good,

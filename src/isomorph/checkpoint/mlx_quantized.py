@@ -98,7 +98,8 @@ def quantized_modules(
     """The quantized modules of `tensors` by path, all checked. Raises InputError with the first fault and their number.
 
     `quantization` is config.json's entry. A module that it does not name has its defaults, unless shapes rule that
-    out: then the settings are inferred, from the width `columns[path]` where it is known.
+    out: then the settings are inferred, from the width `columns[path]` where it is known. Defaults that no such module
+    has are a mistake.
     """
     default, own = parse_quantization(quantization) if quantization is not None else (None, {})
     modules: dict[str, QuantizedModule] = {}
@@ -109,6 +110,9 @@ def quantized_modules(
             if default is None:
                 faults.append(f"expected 'quantization' in config.json beside {name!r}; found none; add it")
                 continue
+            if path in own and own[path] is None:
+                faults.append(f"expected {path!r} as plain weights, as config.json says; found {name!r}; correct it")
+                continue
             try:
                 modules[path] = _module(path, tensors, own.get(path), default, (columns or {}).get(path))
             except InputError as error:
@@ -118,6 +122,10 @@ def quantized_modules(
     for path, settings in own.items():
         if settings is not None and path not in modules and f"{path}.weight" in tensors and not faults:
             faults.append(f"expected {path!r} quantized, as config.json says; found plain weights; {REPAIR}")
+    others = [module for path, module in modules.items() if path not in own]
+    if others and all(module.settings != default for module in others):
+        path, found = others[0].path, others[0].settings
+        faults.append(f"expected {default}, as config.json says; found {path!r} with {found}; correct config.json")
     if faults:
         more = f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else ""
         raise InputError(faults[0] + more)
@@ -160,8 +168,10 @@ def parse_quantization(quantization: Mapping[str, Any]) -> tuple[Settings, dict[
     if not isinstance(quantization, Mapping):
         raise InputError(f"expected an object as 'quantization' in config.json; found {quantization!r}; correct it")
     general = {key: value for key, value in quantization.items() if key in ("bits", "group_size", "mode")}
-    if "bits" not in general or "group_size" not in general:
-        raise InputError("expected bits and group_size under 'quantization' in config.json; found neither; add them")
+    if general.get("bits") is None or general.get("group_size") is None:
+        raise InputError(
+            f"expected bits and group_size under 'quantization' in config.json; found {general or 'neither'}; add them"
+        )
     default = _settings(general, "quantization")
     own: dict[str, Settings | None] = {}
     for path, value in quantization.items():

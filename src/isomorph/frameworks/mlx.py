@@ -309,7 +309,7 @@ def _load_stock(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool) -> 
         module, config = load_with_mlx_lm(
             checkpoint.folder, lazy=True, model_config=dict(checkpoint.overrides), trust_remote_code=trust_remote_code
         )
-    except (ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # over folders that do not fit mlx-lm raises nearly everything there is
         raise InputError(f"expected a folder that mlx-lm loads; found {checkpoint.path}: {one_line(error)}") from None
     # Some architectures keep a few parameters in float32 on purpose, and say so.
     castable = getattr(module, "cast_predicate", lambda path: True)

@@ -19,6 +19,7 @@ from isomorph.errors import InputError, did_you_mean
 from isomorph.frameworks.torch_experts import EXPERTS, place_experts
 from isomorph.frameworks.torch_tensors import check_shape, dtype_name, packed_parts, put, torch_view
 from isomorph.kernels.modules import QuantizedEmbedding, QuantizedLinear
+from isomorph.quantize.experts import as_mlx_lm_holds_them
 
 #: Tables that older exports carry along and the models compute themselves.
 DROPPED = re.compile(r"\.(rotary_emb\.inv_freq|attention\.(masked_bias|bias)|attn\.(masked_bias|bias))$")
@@ -45,20 +46,22 @@ def quantized_model(checkpoint: Checkpoint, dtype: str | None, fast: bool) -> tu
             f"expected weights that mean in Transformers what they mean in mlx-lm; found {model_type!r}, whose mlx-lm "
             "changes as it converts them; use framework mlx"
         )
-    packed = quantized_modules(checkpoint.tensors, checkpoint.quantization)
+    # Other quantizers store each expert alone.
+    tensors = as_mlx_lm_holds_them(checkpoint.tensors, values) if checkpoint.packing else checkpoint.tensors
+    packed = quantized_modules(tensors, checkpoint.quantization)
     target = getattr(torch, dtype or _stored_dtype(checkpoint))
     try:
         config = CONFIG_MAPPING[model_type].from_dict(values)
         # Memory of weights that are replaced is reserved but never touched.
         with no_init_weights():
             module = AutoModelForCausalLM.from_config(config, dtype=target)
-    except (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+    except Exception as error:  # over impossible values Transformers raises nearly everything there is
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(
-            f"expected a {model_type} config that Transformers takes in {checkpoint.path}; found: {reason[0]}; "
+            f"expected a {model_type} config that Transformers takes in {checkpoint.path}; found: {reason}; "
             "correct config.json"
         ) from error
-    fill(module, checkpoint.tensors, packed, target, fast)
+    fill(module, tensors, packed, target, fast)
     return module, config
 
 

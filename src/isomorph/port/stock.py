@@ -103,9 +103,11 @@ def skeleton(config: Mapping[str, Any]) -> Any:
             return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values))
     except ModuleNotFoundError as error:
         raise InputError(f"this needs the package {error.name!r}; run: pip install 'isomorph[torch]'") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        detail = (str(error).splitlines() or [""])[0][:160]
-        raise InputError(f"expected an architecture that Transformers has; found {model_type!r}: {detail}") from None
+    except Exception as error:  # over impossible values Transformers raises nearly everything there is
+        detail = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(
+            f"expected an architecture that Transformers has; found {model_type!r}: {detail}; correct config.json"
+        ) from None
 
 
 def declared(checkpoint: Checkpoint) -> Checkpoint:
