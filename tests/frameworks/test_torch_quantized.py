@@ -306,6 +306,9 @@ def test_convolutions_lie_the_other_way_round(tmp_path):
         assert np.array_equal(model.logits(ids), expected) == same
     with pytest.raises(InputError, match="found lfm2, some of whose keep another state; use framework mlx"):
         model.generate(ids[0], max_tokens=2)
+    isomorph.convert(tmp_path / "own", tmp_path / "floats", to="transformers", dequantize=True)
+    with pytest.raises(InputError, match=r"of shape \[64, 3, 1\], not \[64, 1, 3\]"):
+        isomorph.convert(tmp_path / "turned", tmp_path / "no", to="transformers", dequantize=True)
 
 
 def test_numbers_that_mlx_lm_changes_are_refused(quick, tmp_path):

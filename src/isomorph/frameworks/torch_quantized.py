@@ -19,13 +19,11 @@ from isomorph.errors import InputError, did_you_mean
 from isomorph.frameworks.torch_experts import EXPERTS, place_experts
 from isomorph.frameworks.torch_tensors import check_shape, dtype_name, packed_parts, put, torch_view
 from isomorph.kernels.modules import QuantizedEmbedding, QuantizedLinear
+from isomorph.port.stock import CHANGED
 from isomorph.quantize.experts import as_mlx_lm_holds_them
 
 #: Tables that older exports carry along and the models compute themselves.
 DROPPED = re.compile(r"\.(rotary_emb\.inv_freq|attention\.(masked_bias|bias)|attn\.(masked_bias|bias))$")
-
-#: model_types whose weights mlx-lm (0.32) adds to or multiplies: the names are Transformers', the numbers are not.
-CHANGED = frozenset(["falcon_h1", "qwen3_5", "qwen3_5_moe", "qwen3_next", "step3p5"])
 
 
 def quantized_model(checkpoint: Checkpoint, dtype: str | None, fast: bool) -> tuple[nn.Module, Any]:

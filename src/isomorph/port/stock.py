@@ -16,6 +16,9 @@ from isomorph.quantize.experts import REARRANGED, STACKED
 
 FORMATS = {"transformers": "pt", "mlx": "mlx"}
 
+#: model_types whose weights mlx-lm (0.32) adds to or multiplies: the names are Transformers', the numbers are not.
+CHANGED = frozenset(["falcon_h1", "qwen3_5", "qwen3_5_moe", "qwen3_next", "step3p5"])
+
 
 def shared_layout(checkpoint: Checkpoint, to: str) -> str:
     """The safetensors format (`pt` or `mlx`) under which a plain copy of the checkpoint loads in `to`.
@@ -46,12 +49,11 @@ def shared_layout(checkpoint: Checkpoint, to: str) -> str:
                 f"expected an architecture that mlx-lm or isomorph has; found {model_type!r}; port it first"
             )
         return own
-    missing, extra = _differences(checkpoint)
-    if missing or extra:
-        kind, name = ("lacks", missing[0]) if missing else ("has, unknown to it,", extra[0])
+    difference = _difference(checkpoint)
+    if difference is not None or model_type in CHANGED:
         raise InputError(
-            f"expected the tensor names of Transformers' {model_type}; found that {checkpoint.path} {kind} {name!r}; "
-            "start from the Transformers checkpoint"
+            f"expected the tensors of Transformers' {model_type}; found that {checkpoint.path} "
+            f"{difference or 'has what mlx-lm made of them'}; start from the Transformers checkpoint"
         )
     return "pt"
 
@@ -119,10 +121,16 @@ def declared(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, tensors={n: promised(n, shape, dtype, checkpoint) for n, shape in shapes.items()})
 
 
-def _differences(checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
-    """Names that Transformers' model of this config has and the checkpoint lacks, and the reverse."""
+def _difference(checkpoint: Checkpoint) -> str | None:
+    """What the checkpoint lacks, or has beside or unlike Transformers' model of its config; None when they agree."""
     model = skeleton(checkpoint.config or {})
-    wanted = set(model.state_dict())
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     tied = set(getattr(model, "all_tied_weights_keys", None) or {}) if model.config.tie_word_embeddings else set()
-    present = set(checkpoint.tensors)
-    return sorted(wanted - present - tied), sorted(present - wanted)
+    found = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    for name in sorted(wanted.keys() - found.keys() - tied):
+        return f"lacks {name!r}"
+    for name in sorted(found.keys() - wanted.keys()):
+        return f"has {name!r}"
+    for name in sorted(name for name, shape in found.items() if shape != wanted[name]):
+        return f"has {name!r} of shape {list(found[name])}, not {list(wanted[name])}"
+    return None
