@@ -394,3 +394,36 @@ def test_inspect_and_the_frameworks_say_what_it_is(tmp_path: Path, others: dict[
         isomorph.load(source, framework="mlx")
     with pytest.raises(InputError, match="transformers can hold as awq has them"):
         isomorph.convert(source, tmp_path / "target", to="transformers")
+
+
+def test_experts_are_stacked_with_their_codes(tmp_path: Path) -> None:
+    """A mixture of experts in AWQ, each expert alone: one stack of codes in torch and in what is written."""
+    pytest.importorskip("mlx_lm")
+    tensors, entry, weights = awq(groups=8)
+    random = np.random.default_rng(10)
+    layer = "model.layers.0."
+    shapes = {f"{layer}self_attn.{name}_proj": (rows, K) for name, rows in (("q", K), ("k", 64), ("v", 64), ("o", K))}
+    shapes |= {f"{layer}mlp.gate": (4, K), "model.embed_tokens": (96, K), "lm_head": (96, K)}
+    shapes |= {f"{layer}self_attn.{name}_norm": (64,) for name in "qk"} | {"model.norm": (K,)}
+    shapes |= {f"{layer}{name}_layernorm": (K,) for name in ("input", "post_attention")}
+    others = {f"{name}.weight": random.normal(0, 0.1, shape).astype(np.float16) for name, shape in shapes.items()}
+    experts = [f"{layer}mlp.experts.{expert}." for expert in range(4)]
+    others |= {f"{expert}down_proj.weight": random.normal(0, 0.1, (K, N)).astype(np.float16) for expert in experts}
+    paths = [f"{expert}{name}_proj" for expert in experts for name in ("gate", "up")]
+    config = LLAMA | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
+    config |= {"moe_intermediate_size": N, "norm_topk_prob": True, "mlp_only_layers": []}
+    source = write(tmp_path / "source", (tensors, entry, weights), *paths, beside=others, **config)
+    ids = np.random.default_rng(9).integers(0, 96, (1, 40))
+    isomorph.convert(source, tmp_path / "floats", to="transformers", dequantize=True, dtype="float32")
+    expected = isomorph.load(tmp_path / "floats", dtype="float32").logits(ids)
+    assert_logits_close(isomorph.load(source, dtype="float32").logits(ids), expected)
+    result = quantize(source, tmp_path / "exact", recipe="lossless", overrides=["*=keep"])
+    stacks = [module for module in result.plan if module.bits]
+    assert {(module.bits, module.group_size, module.shape, module.exact) for module in stacks} == {
+        (4, 32, (4, N, K), True)
+    }
+    for framework in ("torch", "mlx"):
+        found = isomorph.load(tmp_path / "exact", framework=framework, dtype="float32").logits(ids)
+        assert_logits_close(found, expected)
+    with pytest.raises(InputError, match="run isomorph quantize --recipe lossless"):
+        isomorph.convert(source, tmp_path / "mlx", to="mlx")

@@ -40,7 +40,7 @@ REARRANGED = frozenset(
 #: What some architectures call the projections.
 _PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
-_ONE = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)\.(weight|bias)")
+_ONE = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)\.(weight|bias|scales|biases)")
 #: How granitemoe calls them, joined.
 _LINEAR = {"input_linear.weight": "experts.gate_up_proj", "output_linear.weight": "experts.down_proj"}
 
@@ -48,7 +48,7 @@ _ALL = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)(_bias)?")
 
 
 def as_mlx_lm_holds_them(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """`tensors` of a float Transformers checkpoint with its experts stacked; unchanged where there are none.
+    """`tensors` under Transformers' names, floats or packed as MLX packs them, with their experts, if any, stacked.
 
     Raises InputError for an architecture whose quantized weights mlx-lm could not load under Transformers' names.
     """
@@ -66,7 +66,8 @@ def as_mlx_lm_holds_them(tensors: Mapping[str, Tensor], config: Mapping[str, Any
         }
     if any(_ALL.fullmatch(name) for name in tensors):
         parted = _parted(tensors)
-        return {name.replace(".experts.", ".switch_mlp."): tensor for name, tensor in parted.items()}
+        renamed = {name.replace(".experts.", ".switch_mlp."): tensor for name, tensor in parted.items()}
+        return {name: tensor.renamed(name) for name, tensor in renamed.items()}
     return _stacked(tensors)
 
 

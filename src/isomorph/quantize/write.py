@@ -226,15 +226,15 @@ def _base(
         return replace(plan, tensors=tensors), architecture.role, packed
     if not checkpoint.tensors:
         checkpoint = stock.declared(checkpoint)
-    stored = [tensor for name, tensor in checkpoint.tensors.items() if not _computed(name, checkpoint)]
-    tensors, packed = _as_floats(stored, checkpoint.quantization, dtype)
+    stored = {name: tensor for name, tensor in checkpoint.tensors.items() if not _computed(name, checkpoint)}
+    shared = checkpoint.metadata.get("format", "pt") == "pt"
+    held = as_mlx_lm_holds_them(stored, checkpoint.config or {}) if shared else stored
+    tensors, packed = _as_floats(list(held.values()), checkpoint.quantization, dtype)
     config = {key: value for key, value in (checkpoint.config or {}).items() if key not in CONFIG_KEYS}
     floats = replace(checkpoint, config=config, tensors={tensor.name: tensor for tensor in tensors})
     plan = stock_plan(floats, "mlx", layout, dtype, True)
-    if plan.layout == "transformers":
-        held = as_mlx_lm_holds_them({tensor.name: tensor for tensor in plan.tensors}, plan.config)
-        layout = "transformers" if held.keys() == floats.tensors.keys() else "mlx-lm"
-        plan = replace(plan, layout=layout, tensors=[tensor.renamed(name) for name, tensor in held.items()])
+    if held.keys() != stored.keys():
+        plan = replace(plan, layout="mlx-lm")
     return plan, stock_role, packed
 
 
