@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import isomorph
 from isomorph.evaluate import divergence, perplexity, table
 from isomorph.progress import progress
@@ -36,6 +38,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 SOURCE = "source: experts MXFP4, the rest bfloat16"
 
+#: Logits of one model that are kept in memory, at most: those of the pocket on the protocol's 100,000 tokens.
+KEPT_BYTES = 1 << 29
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -47,7 +52,7 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     text = options.text.read_text(encoding="utf-8")
-    source = load(options.source)
+    source = remembering(load(options.source))
     rows, records = [(SOURCE, isomorph.inspect(options.source).path)], []
     measured = {"text": text, "protocol": "gpt-oss", "limit": options.limit}
     for number, (name, settings) in enumerate(VARIANTS.items()):
@@ -56,11 +61,13 @@ def main() -> None:
             quantize(options.source, folder, **settings)
         rows.append((name, folder))
     for number, (name, folder) in enumerate(rows):
+        model = None if number else source
         for what, measure in (("perplexity", perplexity), ("divergence", partial(divergence, source))):
             kept = options.out / f"{what}{number}-{options.limit}.json"
             if not kept.is_file():
+                model = model or remembering(load(folder))
                 with progress(f"{what}: {name}", options.limit, "tokens") as advance:
-                    kept.write_text(json.dumps(measure(load(folder), **measured, advance=advance).to_json()))
+                    kept.write_text(json.dumps(measure(model, **measured, advance=advance).to_json()))
             records.append(json.loads(kept.read_text()))
     sizes = {name: isomorph.inspect(folder) for name, folder in rows}
     if options.plot is not None:
@@ -96,6 +103,23 @@ def plot(sizes: Mapping[str, int], divergences: Sequence[Mapping[str, Any]], pat
 
 def load(folder: str | Path) -> Any:
     return isomorph.load(folder, framework="torch", dtype="float32")
+
+
+def remembering(model: Any) -> Any:
+    """`model`, which computes a window once: perplexity and divergence ask for the same ones."""
+    compute, found = model.logits, {}
+
+    def logits(ids: np.ndarray) -> np.ndarray:
+        key = ids.tobytes()
+        if key in found:
+            return found[key]
+        value = compute(ids)
+        if value.nbytes * (len(found) + 1) <= KEPT_BYTES:
+            found[key] = value
+        return value
+
+    model.logits = logits
+    return model
 
 
 if __name__ == "__main__":
