@@ -211,6 +211,7 @@ def test_mistakes_elsewhere(talkie, tmp_path):
         ({"overrides": ["bloks.14.*=8"]}, "matches none of 282"),
         ({"overrides": ["head=7"]}, "expected bits of 2, 3, 4, 5, 6, 8"),
         ({"recipe": lambda path, role, shape: "four"}, "expected bits, a dictionary, True or False; found 'four'"),
+        ({"recipe": 4}, "expected a recipe's name, a TOML file, a dictionary or a function; found 4"),
         ({"method": "gptp"}, "expected a method of affine"),
         ({"mode": "mxfp4", "bits": 8}, "expected bits of 4 for mode mxfp4"),
         ({"bits": 0}, "expected bits of 2, 3, 4, 5, 6, 8 for mode affine; found 0"),
@@ -220,6 +221,15 @@ def test_mistakes_elsewhere(talkie, tmp_path):
     ):
         with pytest.raises(InputError, match=re.escape(message)):
             quantize(talkie, tmp_path / "target", dry_run=True, **options)
+
+
+def test_a_rule_for_a_name_that_nothing_has_is_told(talkie, tmp_path, caplog):
+    for recipe, told in (({"bloks.14.*": 8}, 1), ({"blocks.14.*": 8}, 0), ("mixed_3_6", 0)):
+        caplog.clear()
+        quantize(talkie, tmp_path / "target", dry_run=True, recipe=recipe)
+        assert [record.getMessage() for record in caplog.records].count(
+            "recipe dictionary: no matrix is named bloks.14.*"
+        ) == told
 
 
 def test_changes_keep_what_they_do_not_name():

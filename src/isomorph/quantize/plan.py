@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -10,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 from isomorph.checkpoint.tensor import FLOATING, Tensor
 from isomorph.errors import InputError
 from isomorph.quantize.grid import INTEGERS, holds
+from isomorph.quantize.named import RECIPES
 from isomorph.quantize.recipe import Recipe
 from isomorph.quantize.roles import block_of
 from isomorph.quantize.settings import Settings
 
 if TYPE_CHECKING:
     from isomorph.checkpoint.mlx_quantized import QuantizedModule
+
+logger = logging.getLogger(__name__)
 
 RoleOf = Callable[[str], str | None]
 
@@ -178,7 +182,10 @@ def _why_not(tensor: Tensor) -> str:
 
 
 def _check_overrides(recipe: Recipe, decisions: list[Decision], block_count: int) -> None:
-    """An override that names nothing is a slip of the pen."""
+    """An override that names nothing is a slip of the pen; a rule for names may be another architecture's."""
+    for rule in recipe.rules if recipe.name not in RECIPES else ():
+        if rule.match and not any(rule.applies(decision.path, decision.role, block_count) for decision in decisions):
+            logger.warning("recipe %s: no matrix is named %s", recipe.name, " or ".join(rule.match))
     for rule in recipe.overrides:
         if not any(rule.applies(decision.path, decision.role, block_count) for decision in decisions):
             example = decisions[0].path if decisions else "none"

@@ -155,6 +155,8 @@ def read_recipe(given: str | Path | Mapping[str, Any] | RecipeFunction | Recipe)
         return Recipe("function", function=given)
     if str(given) in RECIPES:
         return RECIPES[str(given)]
+    if not isinstance(given, str | Path):
+        raise InputError(f"expected a recipe's name, a TOML file, a dictionary or a function; found {given!r}")
     path = Path(given).expanduser()
     if path.suffix == ".toml" and not path.is_file():
         raise InputError(f"expected a recipe in the file {path}; found no such file; correct the path")
