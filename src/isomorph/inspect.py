@@ -128,7 +128,8 @@ def inspect(
         max_positions=longest,
         memory=_memory(values, payload, _float_dtype(stored), context, longest),
         quantization=_quantization(checkpoint),
-        grids=_grids(checkpoint) if checkpoint.kind == "safetensors" and not promised else {},
+        # What another tool packed is on its own grid, and computed a whole matrix at a time.
+        grids=_grids(checkpoint) if checkpoint.kind == "safetensors" and checkpoint.packing is None else {},
         dropped=dict(dropped),
         config=values,
     )
