@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from isomorph.architectures.talkie import tokenizer as talkie
 from isomorph.cli import run
+from isomorph.cli.options import Loading
+from isomorph.load import load
 from isomorph.train.vocabulary import save_vocabulary
 from tiny import tiny_config, write_checkpoint
 
@@ -28,6 +32,22 @@ def folder(tmp_path_factory) -> Path:
     save_vocabulary(RANKS, vocabulary)
     talkie.write(vocabulary, model, len(RANKS) + 5)
     return model
+
+
+def test_everything_that_load_takes_is_an_option():
+    given = {option.name for option in fields(Loading)}
+    assert given == set(inspect.signature(load).parameters) - {"source"}
+
+
+def test_a_config_and_the_rounding_of_tables(folder, tmp_path, capsys):
+    arguments = ["generate", str(folder), "--prompt", "the the", "--max-tokens", "2", "--json"]
+    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 6}))
+    assert run([*arguments, "--rope-table-dtype", "float32"]) == 0
+    assert run([*arguments, "--rope-table-dtype", "float8"]) == 2
+    assert "'float32' (accurate)" in capsys.readouterr().err
+    assert run([*arguments, "--config", str(tmp_path / "config.json")]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["finish_reason"], document["generation_tokens"]) == ("length", 1)  # five of six are the prompt's
 
 
 def test_generate_streams_text_and_reports_speed(folder, capsys):

@@ -53,7 +53,8 @@ def divergence_command(
     from isomorph.progress import progress
 
     arguments = _arguments(scoring)
-    theirs = loading.load(reference, framework=reference_framework, dtype=reference_dtype, numerics="exact")
+    own = {"numerics": "exact", "config": None, "rope_table_dtype": None}
+    theirs = loading.load(reference, framework=reference_framework, dtype=reference_dtype, **own)
     ours = loading.load(model)
     with progress("divergence", scoring.limit, "tokens") as advance:
         record = evaluate.divergence(theirs, ours, advance=advance, **arguments)

@@ -33,7 +33,9 @@ class Loading:
     dtype: Dtype = None
     device: Annotated[str | None, typer.Option(help="The framework's name of a device, such as cuda or gpu:0.")] = None
     tokenizer: Annotated[Path | None, typer.Option(help="Folder, tokenizer.json or vocab.txt.")] = None
+    config: ConfigFile = None
     numerics: Annotated[str, typer.Option(help="exact, or fast: int8 activations in quantized products.")] = "exact"
+    rope_table_dtype: Annotated[str | None, typer.Option(help="Rounding of cos and sin; default: the model's.")] = None
     trust_remote_code: Trust = False
 
     def load(self, source: str, **others: Any) -> Model:
