@@ -21,8 +21,6 @@ import sys
 import time
 from collections.abc import Callable
 
-from isomorph import huge_pages
-
 WARM_UP = 2
 
 
@@ -64,10 +62,12 @@ def isomorph_step(options: argparse.Namespace) -> Callable[[], None]:
 
     from isomorph import architectures
     from isomorph.frameworks.nnx_parameters import split
+    from isomorph.train import memory
     from isomorph.train.optimizer import adamw
     from isomorph.train.presets import recipe
     from isomorph.train.trainer import initial_state, make_step
 
+    memory.keep()
     shapes = recipe("gelu_gpt", options.depth, {"vocab_size": options.vocab_size}, {"sequence_length": options.seq_len})
     architecture = architectures.get("gelu_gpt")
     assert architecture is not None
@@ -89,8 +89,6 @@ def isomorph_step(options: argparse.Namespace) -> Callable[[], None]:
 
 
 STEPS = {"nanochat": nanochat_step, "isomorph": isomorph_step}
-#: As `isomorph train` starts itself; nanochat's script sets nothing.
-ENVIRONMENT: dict[str, dict[str, str]] = {"nanochat": {}, "isomorph": huge_pages.TUNABLES}
 
 
 def work(options: argparse.Namespace) -> None:
@@ -122,7 +120,6 @@ def main() -> None:
     workers = {
         name: subprocess.Popen(
             [sys.executable, __file__, *sys.argv[1:], "--worker", name],
-            env={**os.environ, **ENVIRONMENT[name]},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -13,11 +13,11 @@ from typing import Annotated
 
 import typer
 
-from isomorph import huge_pages
 from isomorph.cli import demo, evaluate, generate, models, train, verify
 from isomorph.cli.options import grouped
 from isomorph.cli.output import say
 from isomorph.errors import InputError
+from isomorph.train import memory
 
 app = typer.Typer(
     name="isomorph",
@@ -114,5 +114,5 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if sys.argv[1:2] == ["train"]:
-        huge_pages.restart()
+        memory.keep()
     sys.exit(run(sys.argv[1:]))
