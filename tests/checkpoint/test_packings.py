@@ -181,7 +181,7 @@ def weights_of(folder: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_format_says_the_same_weights(name: str, tmp_path: Path) -> None:
+def test_every_format_says_the_same_weights(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make, exact = FORMATS[name]
     stored = make()
     checkpoint = open_checkpoint(write(tmp_path, stored))
@@ -189,6 +189,7 @@ def test_every_format_says_the_same_weights(name: str, tmp_path: Path) -> None:
     modules = quantized_modules(checkpoint.tensors, checkpoint.quantization)
     settings = modules["layer"].settings if modules else None
     assert exact == (None if settings is None else (settings.mode, settings.bits, settings.group_size))
+    assert ("read as bfloat16" in caplog.text) == (exact is None)
     assert np.array_equal(weights_of(tmp_path), stored[2])
     for tensor in checkpoint.tensors.values():
         value = tensor.read()

@@ -11,6 +11,7 @@ is: fp8 scales, GPTQ's order of groups, shapes.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from isomorph.checkpoint import integers, small_floats
 from isomorph.checkpoint.tensor import FLOATING, Tensor
 from isomorph.errors import InputError
 from isomorph.quantize.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ def mlx_view(
             found, settings = packing.read(Module(path, parts, entry, dtype))
             view |= {made.name: made for made in found}
             own |= {} if settings is None else {path: settings}
+    if floats := len(done) - len(own):
+        logger.warning("%d %s matrices have scales that no format of MLX's holds: read as %s", floats, method, dtype)
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     if own:
         common, *_ = own.values()
