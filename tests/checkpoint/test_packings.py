@@ -5,6 +5,7 @@ Every format is written here from its own definition, one code at a time, and it
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -299,6 +300,36 @@ def test_what_has_no_exact_form_is_refused(name: str, tmp_path: Path) -> None:
     make, message = REFUSALS[name]
     with pytest.raises(InputError, match=message):
         weights_of(write(tmp_path, make()))
+
+
+DAMAGES: dict[str, Callable[[np.ndarray], np.ndarray | None]] = {
+    "gone": lambda value: None,
+    "flat": lambda value: value.reshape(-1),
+    "halved": lambda value: value[: len(value) // 2],
+    "deeper": lambda value: value[None],
+    "of integers": lambda value: value.astype(np.float32).astype(np.int16),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_damaged_parts_are_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    """Or say something else, as half of a matrix does; they never come as anything but an InputError."""
+    refused = 0
+    tensors, entry, weights = FORMATS[name][0]()
+    for part, damage in itertools.product(tensors, DAMAGES):
+        changed = DAMAGES[damage](tensors[part])
+        others = {key: value for key, value in tensors.items() if key != part}
+        if changed is not None:
+            others[part] = np.ascontiguousarray(changed)
+        write(tmp_path, (others, entry, weights), beside={"other": np.ones(1)})
+        try:
+            checkpoint = open_checkpoint(tmp_path)
+            for tensor in unquantized(checkpoint, "float32").tensors.values():
+                tensor.read()
+        except InputError as error:
+            assert "\n" not in str(error), (part, damage)
+            refused += 1
+    assert refused >= 3 * len(tensors) - 3
 
 
 LLAMA = {

@@ -12,13 +12,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from isomorph.checkpoint.tensor import BLOCK_BYTES, Tensor
+from isomorph.checkpoint.tensor import BLOCK_BYTES, FLOATING, Tensor
 from isomorph.errors import InputError
 from isomorph.quantize.packing import unpack
 from isomorph.quantize.settings import MODES, Settings
 
 #: Where AWQ's `gemm` files have the codes of consecutive outputs in a word: nibble i holds output ORDER[i] (AutoAWQ).
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+#: Dtypes of words that hold several codes.
+WORDS = ("int32", "uint32")
 
 #: Whole arrays [N, ...] are made from a stored one by functions that take some of its outputs.
 Rows = Callable[[slice], np.ndarray]
@@ -82,7 +85,8 @@ class Codes:
 def awq(path: str, qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Codes:
     """AutoAWQ's `gemm` form: int32 `qweight` [K, N / 8], `qzeros` [G, N / 8], `scales` [G, N]."""
     (columns, width), (groups, outputs) = qweight.shape, scales.shape
-    check(path, {qweight: (columns, outputs // 8), qzeros: (groups, outputs // 8)}, ("int32", "uint32"))
+    check(qweight, (columns, outputs // 8), *WORDS)
+    check(qzeros, (groups, outputs // 8), *WORDS)
 
     def words(rows: slice) -> np.ndarray:
         some = slice((rows.start or 0) // 8, width if rows.stop is None else rows.stop // 8)
@@ -110,8 +114,11 @@ def gptq(path: str, qweight: Tensor, qzeros: Tensor, scales: Tensor, order: Tens
     if bits not in (2, 3, 4, 8):
         raise InputError(f"expected codes of 2, 3, 4 or 8 bits; found {bits} in {path}; start from the original")
     columns = height * 32 // bits
-    check(path, {qweight: (columns * bits // 32, outputs), qzeros: (groups, outputs * bits // 32)}, ("int32", "uint32"))
-    check(path, {scales: (groups, outputs)}, ("float16", "bfloat16", "float32"))
+    check(qweight, (columns * bits // 32, outputs), *WORDS)
+    check(qzeros, (groups, outputs * bits // 32), *WORDS)
+    check(scales, (groups, outputs), *FLOATING)
+    if order is not None:
+        check(order, (columns,), "int32", "int64")
     if order is not None and (order.read() != np.arange(columns) // -(-columns // groups)).any():
         raise InputError(
             f"expected groups of consecutive columns; found act-order (desc_act) in {order.name}, which no affine "
@@ -139,10 +146,13 @@ def packed_integers(path: str, packed: Tensor, scales: Tensor, zeros: Tensor | N
     """
     outputs = packed.shape[0]
     groups = scales.shape[1] if len(scales.shape) > 1 else 1
+    check(scales, scales.shape if scales.size == 1 else (outputs, groups), *FLOATING)
     bits = 8 if packed.dtype == "int8" else packed.shape[1] * 32 // columns
     if bits not in (4, 8):
         raise InputError(f"expected codes of 4 or 8 bits; found {bits} in {path}; start from the original")
-    check(path, {packed: (outputs, columns * bits // 32 if packed.dtype == "int32" else columns)}, ("int32", "int8"))
+    check(packed, (outputs, columns * bits // 32 if packed.dtype == "int32" else columns), "int32", "int8")
+    if zeros is not None:
+        check(zeros, (outputs if zeros.dtype == "int8" else outputs * bits // 32, groups), "int8", "int32")
     middle = 1 << bits - 1
 
     def words(rows: slice) -> np.ndarray:
@@ -154,18 +164,17 @@ def packed_integers(path: str, packed: Tensor, scales: Tensor, zeros: Tensor | N
             return middle
         stored = zeros.read()
         if zeros.dtype == "int8":
-            return stored.reshape(-1, groups).astype(np.int16) + middle
+            return stored.astype(np.int16) + middle
         return unpack(np.ascontiguousarray(stored.T), bits)[:, :outputs].T
 
     every_scale = lambda: np.broadcast_to(scales.read().reshape(-1, groups), (outputs, groups))
     return Codes(path, bits, (outputs, columns), groups, words, every_scale, every)
 
 
-def check(path: str, shapes: dict[Tensor, tuple[int, ...]], dtypes: tuple[str, ...]) -> None:
-    """Raises InputError unless each tensor has its shape and one of `dtypes`."""
-    for tensor, shape in shapes.items():
-        if tensor.shape != shape or tensor.dtype not in dtypes:
-            raise InputError(
-                f"expected {tensor.name} as {' or '.join(dtypes)} {list(shape)} for {path}; found {tensor.dtype} "
-                f"{list(tensor.shape)}; download it again"
-            )
+def check(tensor: Tensor, shape: tuple[int, ...], *dtypes: str) -> None:
+    """Raises InputError unless `tensor` has that shape and one of `dtypes`."""
+    if tensor.shape != shape or tensor.dtype not in dtypes:
+        raise InputError(
+            f"expected {tensor.name} as {' or '.join(dtypes)} {list(shape)}; found {tensor.dtype} "
+            f"{list(tensor.shape)}; download it again"
+        )

@@ -34,10 +34,17 @@ class Module:
     dtype: str
 
     def part(self, name: str) -> Tensor:
-        """The part called `name`. Raises InputError when there is none."""
-        if name not in self.parts:
-            raise InputError(f"expected {self.path}.{name}; found none; download it again")
+        """The part called `name`. Raises InputError when there is none, or nothing in it."""
+        if name not in self.parts or not self.parts[name].size:
+            raise InputError(f"expected {self.path}.{name}; found {'an empty one' if name in self.parts else 'none'}")
         return self.parts[name]
+
+    def matrix(self, name: str) -> Tensor:
+        """The part called `name`, of two dimensions. Raises InputError when it has others."""
+        tensor = self.part(name)
+        if len(tensor.shape) != 2:
+            raise InputError(f"expected {tensor.name} as a matrix; found {list(tensor.shape)}; start from the original")
+        return tensor
 
 
 @dataclass(frozen=True)
@@ -95,28 +102,26 @@ def mlx_view(
 
 
 def _awq(module: Module) -> small_floats.Parts:
-    return integers.awq(module.path, *map(module.part, ("qweight", "qzeros", "scales"))).parts()
+    return integers.awq(module.path, *map(module.matrix, ("qweight", "qzeros", "scales"))).parts()
 
 
 def _gptq(module: Module) -> small_floats.Parts:
-    qweight, qzeros, scales = map(module.part, ("qweight", "qzeros", "scales"))
+    qweight, qzeros, scales = map(module.matrix, ("qweight", "qzeros", "scales"))
     # Format 1 stores zero points less one.
     first = 0 if module.entry.get("checkpoint_format") == "gptq_v2" else 1
     return integers.gptq(module.path, qweight, qzeros, scales, module.parts.get("g_idx"), first).parts()
 
 
 def _fp8(module: Module) -> small_floats.Parts:
-    weight, scale = module.part("weight"), module.part("weight_scale_inv")
-    return _float8(module, weight, scale, module.entry.get("weight_block_size") or ())
+    weight, scale = module.matrix("weight"), module.part("weight_scale_inv")
+    return _float8(module, weight, scale, module.entry.get("weight_block_size"))
 
 
 def _float8(module: Module, weight: Tensor, scale: Tensor, block: Any) -> small_floats.Parts:
-    if weight.dtype != "float8_e4m3fn" or len(weight.shape) != 2:
-        raise InputError(
-            f"expected {weight.name} as a float8_e4m3fn matrix; found {weight.dtype} {list(weight.shape)}; "
-            "start from the original"
-        )
-    return small_floats.float8(module.path, weight, scale, block, module.dtype)
+    if weight.dtype != "float8_e4m3fn":
+        raise InputError(f"expected {weight.name} as float8_e4m3fn; found {weight.dtype}; start from the original")
+    sides = block if isinstance(block, list) and all(type(side) is int and side > 0 for side in block) else ()
+    return small_floats.float8(module.path, weight, scale, sides, module.dtype)
 
 
 def _compressed(module: Module) -> small_floats.Parts:
@@ -126,21 +131,22 @@ def _compressed(module: Module) -> small_floats.Parts:
             f"expected groups of consecutive columns; found act-order in {module.path}.weight_g_idx, which no affine "
             "format can hold; take a checkpoint made without it"
         )
-    packed = parts.get("weight_packed") or module.part("weight")
+    packed = module.matrix("weight_packed" if "weight_packed" in parts else "weight")
     if packed.dtype == "uint8":
         overall = parts.get("weight_global_scale")
         return small_floats.float4(module.path, packed, scale, overall, module.dtype)
     if packed.dtype == "float8_e4m3fn":
-        groups = module.entry.get("config_groups") or {}
-        weights = [group.get("weights") or {} for group in groups.values()]
-        block = next((found["block_structure"] for found in weights if found.get("block_structure")), ())
-        return _float8(module, packed, scale, block)
-    columns = int(module.part("weight_shape").read()[-1]) if packed.dtype == "int32" else packed.shape[1]
+        return _float8(module, packed, scale, None)
+    columns = packed.shape[1]
+    if packed.dtype == "int32":
+        shape = module.part("weight_shape")
+        integers.check(shape, (2,), "int64", "int32")
+        columns = max(1, int(shape.read()[1]))
     return integers.packed_integers(module.path, packed, scale, parts.get("weight_zero_point"), columns).parts()
 
 
 def _other_awq(entry: Mapping[str, Any]) -> str | None:
-    version, bits = str(entry.get("version", "gemm")).lower(), entry.get("bits", 4)
+    version, bits = str(entry.get("version") or "gemm").lower(), entry.get("bits") or 4
     return None if version == "gemm" and bits == 4 else f"version {version} of {bits} bits, not gemm of 4"
 
 
@@ -154,8 +160,9 @@ def _other_gptq(entry: Mapping[str, Any]) -> str | None:
 def _other_compressed(entry: Mapping[str, Any]) -> str | None:
     if entry.get("transform_config"):
         return "rotations (transform_config)"
-    sparsity = (entry.get("sparsity_config") or {}).get("format", "dense")
-    return None if sparsity == "dense" else f"sparse weights ({sparsity})"
+    sparsity = entry.get("sparsity_config") or {"format": "dense"}
+    dense = isinstance(sparsity, dict) and sparsity.get("format", "dense") == "dense"
+    return None if dense else f"sparse weights ({sparsity})"
 
 
 #: Scales of activations are among the parts, and left out: only weights are stored.

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from isomorph.checkpoint.tensor import BLOCK_BYTES, NUMPY_DTYPES, Tensor
+from isomorph.checkpoint.integers import check
+from isomorph.checkpoint.tensor import BLOCK_BYTES, FLOATING, NUMPY_DTYPES, Tensor
 from isomorph.errors import InputError
 from isomorph.quantize.microscaling import E2M1, E8M0_BIAS
 from isomorph.quantize.packing import unpack
@@ -31,6 +32,7 @@ def float8(path: str, codes: Tensor, scale: Tensor, stated: Sequence[int], dtype
     Reads the scales, which are few. Raises InputError for scales that do not divide the matrix.
     """
     outputs, columns = codes.shape
+    check(scale, scale.shape[:2], *FLOATING, "uint8", "float8_e8m0fnu")
     steps = np.atleast_2d(_values(scale)) if scale.size > 1 else _values(scale).reshape(1, 1)
     high, wide = (_side(codes, 0, len(steps), stated), _side(codes, 1, steps.shape[1], stated))
     fractions, exponents = np.frexp(steps)
@@ -58,11 +60,9 @@ def float4(path: str, codes: Tensor, scale: Tensor, overall: Tensor | None, dtyp
     """
     outputs, columns = codes.shape[0], 2 * codes.shape[1]
     settings = MXFP4 if scale.dtype in ("uint8", "float8_e8m0fnu") else NVFP4
-    if scale.shape != (outputs, columns // settings.group_size):
-        raise InputError(
-            f"expected {scale.name} [{outputs}, {columns // settings.group_size}] beside {codes.name}; "
-            f"found {list(scale.shape)}; download it again"
-        )
+    check(scale, (outputs, columns // settings.group_size), "uint8", "float8_e8m0fnu", "float8_e4m3fn")
+    if overall is not None:
+        check(overall, (1,), "float32")
     divisor = np.float32(1) if overall is None else overall.read().astype(np.float32).reshape(())
     if divisor == 1:
         stored = Tensor(f"{path}.scales", scale.shape, "uint8", lambda: scale.read().view(np.uint8))
@@ -94,7 +94,7 @@ def _side(codes: Tensor, axis: int, count: int, stated: Sequence[int]) -> int:
     if length % count:
         raise InputError(
             f"expected scales whose blocks divide {codes.name} {list(codes.shape)}; found {count} for {length}; "
-            "correct weight_block_size in config.json"
+            "correct weight_block_size in config.json, or start from the original"
         )
     return length // count
 

@@ -171,7 +171,8 @@ def _torch_checkpoint(path: Path, file: Path, config: dict[str, Any] | None, ove
     tensors, stated = open_torch(file)
     meta = file.with_name(f"meta_{file.stem.partition('_')[2]}.json")
     if NANOCHAT.fullmatch(file.name) and meta.is_file():
-        stated = _inner(meta, "model_config")
+        # One that states no windows is older than they are (nanochat's checkpoint_manager.py).
+        stated = {"window_pattern": "L", **_inner(meta, "model_config")}
     return Checkpoint(path, config, tensors, {}, "torch", (file,), {**stated, **overrides})
 
 
