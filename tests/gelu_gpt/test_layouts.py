@@ -78,6 +78,18 @@ def test_a_converted_pt_with_its_config(tmp_path: Path) -> None:
     assert (found.layout, found.config["vocab_size"], found.config["sequence_len"]) == ("export", 120, 256)
 
 
+def test_nanochats_older_folder_without_windows(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    convert(write_checkpoint(tmp_path / "source", tiny_config(**UNTIED)), tmp_path / "nano", to="original")
+    assert inspect(tmp_path / "nano").config["window_pattern"] == tiny_config()["window_pattern"]
+    (tmp_path / "nano" / "config.json").unlink()
+    meta = tmp_path / "nano" / "meta_000000.json"
+    stated = json.loads(meta.read_text())
+    del stated["model_config"]["window_pattern"]
+    meta.write_text(json.dumps(stated))
+    assert inspect(tmp_path / "nano").config["window_pattern"] == "L"
+
+
 def test_eps_that_no_config_states(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """It lives in the code: the published repository brings its own, with 1e-6; without, it is nanochat's."""
     folder = write_checkpoint(tmp_path / "model")

@@ -79,7 +79,8 @@ def configuration(
             values[key] = value
     else:
         inferred, assumed = architecture.infer_config(checkpoint.tensors)
-        shaped = {key: inferred[key] for key in inferred.keys() - {line.partition("=")[0] for line in assumed}}
+        told = {line.partition("=")[0] for line in assumed} | checkpoint.overrides.keys()
+        shaped = {key: inferred[key] for key in inferred.keys() - told}
         assumed = [line for line in assumed if line.partition("=")[0] not in checkpoint.overrides]
         logger.log(
             logging.WARNING if tell else logging.DEBUG,
