@@ -9,6 +9,7 @@ import pytest
 
 import isomorph
 from isomorph.verify.certificate import Certificate, Check
+from isomorph.verify.noise import measure_noise
 from numpy_model import NumpyModel
 
 
@@ -24,6 +25,17 @@ def test_equal_models_pass_every_check():
     assert {"cached = uncached, float32", "batch = single, float32", "batch decode = single, float32"} <= set(
         statuses(certificate)
     )
+
+
+def test_one_wrong_position_is_seen_and_one_unlucky_one_is_not():
+    exact = np.random.default_rng(0).normal(size=(512, 32))
+    reference, unlucky, wrong = (
+        exact + 0.01 * np.random.default_rng(seed).normal(size=exact.shape) for seed in (1, 2, 3)
+    )
+    unlucky[44], wrong[44] = exact[44] + 0.04, exact[44] + 0.08
+    lucky, faulty = (measure_noise(values, reference, exact, "bfloat16") for values in (unlucky, wrong))
+    assert lucky.worst_error > 2 * lucky.worst_floor and not lucky.too_large
+    assert faulty.error < 2 * faulty.floor and faulty.too_large
 
 
 @pytest.mark.parametrize(

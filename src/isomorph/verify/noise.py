@@ -21,8 +21,11 @@ class Noise:
 
     @property
     def ratio(self) -> float:
-        """The larger of the two ratios: one wrong position among many right ones would hide in the first."""
-        return max(_ratio(self.error, self.floor), _ratio(self.worst_error, self.worst_floor))
+        """The ratio over all positions, or half of that of the worst ones, where one wrong position cannot hide.
+
+        Half, because a maximum is a single draw from a long tail: right runs differ more there (decision 6).
+        """
+        return max(_ratio(self.error, self.floor), _ratio(self.worst_error, self.worst_floor) / 2)
 
     @property
     def too_large(self) -> bool:
