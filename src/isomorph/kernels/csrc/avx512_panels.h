@@ -14,7 +14,8 @@ namespace isomorph {
 namespace {
 
 constexpr int kPanel = 64, kWidth = kPanel / 16, kStrip = 6, kDepth = 128;
-constexpr int64_t kTileRows = 504;  // an fp32 tile of 504 x 64 stays in L2; a multiple of kStrip
+constexpr int64_t kTileRows = 516;  // a multiple of kStrip
+constexpr int64_t kPanels = 4;      // side by side: their tiles and the activations of a chunk stay in L2
 constexpr int kPackSlot = 9, kTileSlot = 10, kPanelSlot = 11, kSumsSlot = 8;
 
 // The arithmetics of a tile: columns in a step, what a sum is, and whether sums are scaled per group.
@@ -93,10 +94,11 @@ struct Panel {
   float* zeros;
 };
 
-inline Panel panel_memory(int64_t groups) {
-  auto* memory = static_cast<uint32_t*>(scratch(kPanelSlot, size_t(kPanel * (kDepth + 3 * (groups + 16))) * 4));
-  auto* floats = reinterpret_cast<float*>(memory + kPanel * kDepth);
+// Panel p of several, one of which is decoded at a time.
+inline Panel panel_memory(int64_t groups, int64_t p) {
   const int64_t size = kPanel * (groups + 16);
+  auto* memory = static_cast<uint32_t*>(scratch(kPanelSlot, size_t(kPanel * kDepth + 3 * size * kPanels) * 4));
+  auto* floats = reinterpret_cast<float*>(memory + kPanel * kDepth) + 3 * size * p;
   return {memory, floats, floats + size, floats + 2 * size};
 }
 
@@ -191,29 +193,37 @@ using DecodePanel = std::function<void(int64_t n0, int64_t k0, int64_t length, c
 template <class Arithmetic>
 void multiply_panels(const Weights& w, const Rows& rows, const PackedRows& x, const DecodePanel& decode) {
   const int64_t panels = (w.rows + kPanel - 1) / kPanel, blocks = (rows.count + kTileRows - 1) / kTileRows;
-  parallel(panels * blocks, 1, [&](int64_t begin, int64_t end) {
-    const Panel panel = panel_memory(x.groups);
-    auto* tile = static_cast<float*>(scratch(kTileSlot, size_t(std::min((rows.count + kStrip - 1) / kStrip * kStrip, kTileRows) * kPanel) * 4));
+  const int64_t strips = (x.strips + blocks - 1) / blocks;  // of a block
+  const int64_t wide = std::max<int64_t>(1, std::min(kPanels, panels * blocks / (2 * thread_count())));
+  parallel((panels + wide - 1) / wide * blocks, 1, [&](int64_t begin, int64_t end) {
+    const int64_t size = strips * kStrip * kPanel;
+    auto* tiles = static_cast<float*>(scratch(kTileSlot, size_t(wide * size) * 4));
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t n0 = task / blocks * kPanel, m0 = task % blocks * kTileRows;
-      const int64_t m1 = std::min(rows.count, m0 + kTileRows), first = m0 / kStrip, last = (m1 + kStrip - 1) / kStrip;
-      if (Arithmetic::scaled) panel_terms<Arithmetic>(w, n0, panel);
-      std::memset(tile, 0, size_t((last - first) * kStrip * kPanel) * 4);
+      const int64_t p0 = task / blocks * wide, p1 = std::min(panels, p0 + wide);
+      const int64_t first = task % blocks * strips, last = std::min(x.strips, first + strips);
+      std::memset(tiles, 0, size_t(wide * size) * 4);
+      for (int64_t p = p0; Arithmetic::scaled && p < p1; ++p)
+        panel_terms<Arithmetic>(w, p * kPanel, panel_memory(x.groups, p - p0));
       for (int64_t k0 = 0; k0 < w.columns; k0 += kDepth) {
         const int64_t length = std::min<int64_t>(kDepth, w.columns - k0), g0 = k0 / w.group;
         const int groups = Arithmetic::scaled ? int(length / w.group) : 1;
         const int steps = int(length / groups / Arithmetic::columns);
-        decode(n0, k0, length, panel);
-        for (int64_t s = first; s < last; ++s) {
-          const uint32_t* a = x.steps + (k0 * x.strips + s * length) / Arithmetic::columns * kStrip;
-          const int64_t term = x.term(s, g0);
-          multiply_tile<Arithmetic>(a, panel.steps, panel.scales + g0 * kPanel, panel.biases + g0 * kPanel, x.sums + term,
-                                    x.scales + term, groups, steps, tile + (s - first) * kStrip * kPanel);
+        for (int64_t p = p0; p < p1; ++p) {
+          const Panel panel = panel_memory(x.groups, p - p0);
+          float* tile = tiles + (p - p0) * size;
+          decode(p * kPanel, k0, length, panel);
+          for (int64_t s = first; s < last; ++s, tile += kStrip * kPanel) {
+            const uint32_t* a = x.steps + (k0 * x.strips + s * length) / Arithmetic::columns * kStrip;
+            const int64_t term = x.term(s, g0);
+            multiply_tile<Arithmetic>(a, panel.steps, panel.scales + g0 * kPanel, panel.biases + g0 * kPanel, x.sums + term,
+                                      x.scales + term, groups, steps, tile);
+          }
         }
       }
-      const int64_t width = std::min<int64_t>(kPanel, w.rows - n0);
-      for (int64_t m = m0; m < m1; ++m)
-        for (int64_t j = 0; j < width; ++j) store_float(rows.y_type, rows.y[m], n0 + j, tile[(m - m0) * kPanel + j]);
+      for (int64_t m = first * kStrip; m < std::min(rows.count, last * kStrip); ++m)
+        for (int64_t p = p0; p < p1; ++p)
+          store_floats(rows.y_type, rows.y[m], p * kPanel, tiles + (p - p0) * size + (m - first * kStrip) * kPanel,
+                       std::min<int64_t>(kPanel, w.rows - p * kPanel));
     }
   });
 }

@@ -6,7 +6,7 @@ namespace isomorph {
 namespace {
 
 // 16 vectors of 16 words: word j of vector i becomes word i of vector j.
-inline void transpose16(__m512i (&v)[16]) {
+__attribute__((always_inline)) inline void transpose16(__m512i (&v)[16]) {
   __m512i t[16];
   for (int i = 0; i < 16; i += 2) {
     t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);

@@ -46,10 +46,9 @@ static inline uint32_t to_bits(float value) {
 
 static inline float from_bfloat16(uint16_t bits) { return from_bits(uint32_t(bits) << 16); }
 
-static inline uint16_t to_bfloat16(float value) {  // round to nearest even, NaN stays NaN
-  uint32_t bits = to_bits(value);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t((bits >> 16) | 0x40);
-  return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+static inline uint16_t to_bfloat16(float value) {  // round to nearest even, NaN stays NaN; without a branch, for loops
+  const uint32_t bits = to_bits(value), rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16, nan = (bits >> 16) | 0x40;
+  return uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
 }
 
 static inline float from_float16(uint16_t bits) {
@@ -93,6 +92,20 @@ static inline void store_float(Type type, void* data, int64_t index, float value
   }
   uint16_t bits = type == Type::bfloat16 ? to_bfloat16(value) : to_float16(value);
   std::memcpy(static_cast<char*>(data) + 2 * index, &bits, 2);
+}
+
+static inline void store_floats(Type type, void* data, int64_t index, const float* values, int64_t count) {
+  char* to = static_cast<char*>(data) + index * size_of(type);
+  if (type == Type::float32) {
+    std::memcpy(to, values, size_t(count) * 4);
+  } else if (type == Type::bfloat16) {
+    for (int64_t i = 0; i < count; ++i) {
+      const uint16_t bits = to_bfloat16(values[i]);
+      std::memcpy(to + 2 * i, &bits, 2);
+    }
+  } else {
+    for (int64_t i = 0; i < count; ++i) store_float(type, to, i, values[i]);
+  }
 }
 
 // OCP microscaling: scale 2^(e - 127), 255 is NaN.

@@ -201,18 +201,8 @@ void dequantize(const Weights& w, const int64_t* indices, int64_t count, void* o
   parallel(count, grain_rows(w.row_bytes()), [&](int64_t begin, int64_t end) {
     auto* row = static_cast<float*>(scratch(6, size_t(k) * 4));
     for (int64_t i = begin; i < end; ++i) {
-      char* to = static_cast<char*>(out) + i * k * size_of(type);
       dequantize_row_any<V>(w, indices ? indices[i] : i, row);
-      if (type == Type::float32) {
-        std::memcpy(to, row, size_t(k) * 4);
-      } else if (type == Type::bfloat16) {
-        for (int64_t j = 0; j < k; ++j) {
-          uint16_t bits = to_bfloat16(row[j]);
-          std::memcpy(to + 2 * j, &bits, 2);
-        }
-      } else {
-        for (int64_t j = 0; j < k; ++j) store_float(type, to, j, row[j]);
-      }
+      store_floats(type, out, i * k, row, k);
     }
   });
 }

@@ -13,8 +13,9 @@ namespace isomorph {
 namespace {
 
 constexpr int kChunk = 256;    // values held as floats at a time
-constexpr int kThreadChunks = 16;  // for fewer of them a second thread does not pay
+constexpr int kThreadChunks = 128;  // for fewer of them a second thread does not pay
 constexpr int kLanes = 16;     // partial sums, so that a sum vectorizes
+constexpr int kSlots = 4;     // of a cache at a time: sums of values are loaded and stored once for them
 constexpr int kAttentionSlot = 11;
 
 void load(Type type, const char* from, int64_t stride, float* to, int count) {
@@ -30,18 +31,8 @@ void load(Type type, const char* from, int64_t stride, float* to, int count) {
 }
 
 void store(Type type, char* to, int64_t stride, const float* from, int count) {
-  if (stride != 1 || type == Type::float16) {
-    for (int i = 0; i < count; ++i) store_float(type, to, i * stride, from[i]);
-  } else if (type == Type::float32) {
-    std::memcpy(to, from, size_t(count) * 4);
-  } else {
-    for (int i = 0; i < count; ++i) {
-      const uint32_t bits = to_bits(from[i]);
-      const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16, nan = (bits >> 16) | 0x40;
-      const uint16_t value = uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
-      std::memcpy(to + 2 * i, &value, 2);
-    }
-  }
+  if (stride == 1) return store_floats(type, to, 0, from, count);
+  for (int i = 0; i < count; ++i) store_float(type, to, i * stride, from[i]);
 }
 
 // exp by 2^n * polynomial on [-ln2/2, ln2/2], coefficients of Cephes' expf: 2 units in the last place.
@@ -165,45 +156,60 @@ void elementwise(const Elementwise& e) {
   });
 }
 
-float sum(const float* x, int64_t count) {
-  float lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes)
-    for (int j = 0; j < kLanes; ++j) lanes[j] += x[i + j];
-  float total = 0;
-  for (; i < count; ++i) total += x[i];
-  for (float lane : lanes) total += lane;
-  return total;
+// Vectors of the compiler, which makes the widest of them that the instruction set has. It would add up the lanes of an
+// array one after the other, which takes longer than a dot product of 128.
+using Lanes = float __attribute__((vector_size(4 * kLanes)));
+
+inline void read_lanes(const float* from, Lanes& to) { std::memcpy(&to, from, sizeof to); }
+
+inline float total_of(const Lanes& lanes) {
+  using Half = float __attribute__((vector_size(2 * kLanes)));
+  using Quarter = float __attribute__((vector_size(kLanes)));
+  Half half[2];
+  std::memcpy(half, &lanes, sizeof half);
+  half[0] += half[1];
+  Quarter quarter[2];
+  std::memcpy(quarter, half, sizeof quarter);
+  quarter[0] += quarter[1];
+  return (quarter[0][0] + quarter[0][2]) + (quarter[0][1] + quarter[0][3]);
 }
 
-float sum_of_squares(const float* x, int64_t count, float mean) {
-  float lanes[kLanes] = {};
+float sum(const float* x, int64_t count) {
+  Lanes lanes{}, of_x;
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes)
-    for (int j = 0; j < kLanes; ++j) lanes[j] += (x[i + j] - mean) * (x[i + j] - mean);
+  for (; i + kLanes <= count; i += kLanes) read_lanes(x + i, of_x), lanes += of_x;
   float total = 0;
-  for (; i < count; ++i) total += (x[i] - mean) * (x[i] - mean);
-  for (float lane : lanes) total += lane;
-  return total;
+  for (; i < count; ++i) total += x[i];
+  return total + total_of(lanes);
 }
 
 float dot(const float* x, const float* y, int64_t count) {
-  float lanes[kLanes] = {};
+  Lanes lanes{}, of_x, of_y;
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes)
-    for (int j = 0; j < kLanes; ++j) lanes[j] += x[i + j] * y[i + j];
+  for (; i + kLanes <= count; i += kLanes) read_lanes(x + i, of_x), read_lanes(y + i, of_y), lanes += of_x * of_y;
   float total = 0;
   for (; i < count; ++i) total += x[i] * y[i];
-  for (float lane : lanes) total += lane;
-  return total;
+  return total + total_of(lanes);
 }
 
+float sum_of_squares(const float* x, int64_t count, float mean) {
+  Lanes lanes{}, of_x;
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) read_lanes(x + i, of_x), of_x -= mean, lanes += of_x * of_x;
+  float total = 0;
+  for (; i < count; ++i) total += (x[i] - mean) * (x[i] - mean);
+  return total + total_of(lanes);
+}
+
+// NaN when there is one.
 float largest(const float* x, int64_t count) {
-  float value = -std::numeric_limits<float>::infinity();
-  for (int64_t i = 0; i < count; ++i) {
-    if (x[i] != x[i]) return x[i];
-    value = std::max(value, x[i]);
-  }
+  const float none = -std::numeric_limits<float>::infinity();
+  Lanes lanes = none - Lanes{}, of_x;
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) read_lanes(x + i, of_x), lanes = (of_x > lanes) | (of_x != of_x) ? of_x : lanes;
+  float value = none;
+  for (; i < count; ++i) value = x[i] > value || x[i] != x[i] ? x[i] : value;
+  for (int j = 0; j < kLanes; ++j) value = lanes[j] > value || lanes[j] != lanes[j] ? lanes[j] : value;
   return value;
 }
 
@@ -272,6 +278,14 @@ void keep(const View& fresh, uint64_t cache, int64_t room, int64_t place) {
     }
 }
 
+// sums += the rows of `lines`, each times its weight.
+void weigh(const float* weights, const float* __restrict lines, float* __restrict sums, int64_t width) {
+  const float a = weights[0], b = weights[1], c = weights[2], d = weights[3];
+  static_assert(kSlots == 4);
+  for (int64_t i = 0; i < width; ++i)
+    sums[i] += a * lines[i] + b * lines[width + i] + (c * lines[2 * width + i] + d * lines[3 * width + i]);
+}
+
 void attend(const Attention& a, const Slots& slots) {
   const int64_t batch = a.q.sizes[0], heads = a.q.sizes[1], width = a.q.sizes[3];
   const int64_t kv_heads = a.k.sizes[1], value_width = a.v.sizes[3], share = heads / kv_heads;
@@ -287,36 +301,39 @@ void attend(const Attention& a, const Slots& slots) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / (kv_heads * parts), kv = item / parts % kv_heads, head = kv * share + item % parts * together;
       const int64_t first = std::max(slots.starts[b], a.window ? last - a.window : int64_t(0)), count = last - first;
-      auto* q = static_cast<float*>(scratch(kAttentionSlot, size_t(together * (width + value_width + count) + width + value_width) * 4));
+      const int64_t padded = (count + kSlots - 1) / kSlots * kSlots;
+      const int64_t floats = together * (width + value_width + padded) + kSlots * std::max(width, value_width);
+      auto* q = static_cast<float*>(scratch(kAttentionSlot, size_t(floats) * 4));
       float* out = q + together * width;
       float* scores = out + together * value_width;
-      float* line = scores + together * count;
+      float* line = scores + together * padded;
       for (int64_t g = 0; g < together; ++g) {
         load(a.q.type, a.q.at(b * a.q.strides[0] + (head + g) * a.q.strides[1]), a.q.strides[3], q + g * width, int(width));
         for (int64_t i = 0; i < width; ++i) q[g * width + i] *= a.scale;
       }
       const int64_t place = (b * kv_heads + kv) * room + first - dropped;
       const char* keys = reinterpret_cast<const char*>(slots.keys[a.layer]) + place * width * size_of(type);
-      for (int64_t s = 0; s < count; ++s) {
-        load(type, keys + s * width * size_of(type), 1, line, int(width));
-        for (int64_t g = 0; g < together; ++g) scores[g * count + s] = dot(q + g * width, line, width);
+      for (int64_t s = 0; s < count; s += kSlots) {
+        const int64_t held = std::min<int64_t>(kSlots, count - s);  // slots behind one another
+        load(type, keys + s * width * size_of(type), 1, line, int(held * width));
+        for (int64_t g = 0; g < together; ++g)
+          for (int64_t i = 0; i < held; ++i) scores[g * padded + s + i] = dot(q + g * width, line + i * width, width);
       }
       for (int64_t g = 0; g < together; ++g) {
-        float* row = scores + g * count;
+        float* row = scores + g * padded;
         if (a.cap != 0.f)
           for (int64_t s = 0; s < count; ++s) row[s] = a.cap * hyperbolic_tangent(row[s] / a.cap);
         normalise(row, count, a.sinks ? a.sinks[head + g] : -std::numeric_limits<float>::infinity());
+        std::fill(row + count, row + padded, 0.f);
       }
       std::fill(out, out + together * value_width, 0.f);
       const char* values = reinterpret_cast<const char*>(slots.values[a.layer]) +
                            place * value_width * size_of(type);
-      for (int64_t s = 0; s < count; ++s) {
-        load(type, values + s * value_width * size_of(type), 1, line, int(value_width));
-        for (int64_t g = 0; g < together; ++g) {
-          const float weight = scores[g * count + s];
-          float* sums = out + g * value_width;
-          for (int64_t i = 0; i < value_width; ++i) sums[i] += weight * line[i];
-        }
+      for (int64_t s = 0; s < count; s += kSlots) {
+        std::fill(line, line + kSlots * value_width, 0.f);
+        const int64_t held = std::min<int64_t>(kSlots, count - s);
+        load(type, values + s * value_width * size_of(type), 1, line, int(held * value_width));
+        for (int64_t g = 0; g < together; ++g) weigh(scores + g * padded + s, line, out + g * value_width, value_width);
       }
       for (int64_t g = 0; g < together; ++g)
         store(a.out.type, a.out.at(b * a.out.strides[0] + (head + g) * a.out.strides[2]), a.out.strides[3],
