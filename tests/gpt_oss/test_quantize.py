@@ -105,6 +105,24 @@ def test_the_sum_by_hand(real: Path) -> None:
     assert matrices + routers + vectors + biases == 20_914_757_184
 
 
+def test_sizes_of_the_120b(tmp_path: Path) -> None:
+    """From its config.json, against the sum by hand: MXFP4 has 17 bytes for 32 weights, 8-bit / 64 has 17 for 16."""
+    layers, experts, hidden, vocabulary = 36, 128, 2880, 201088
+    config = GptOssConfig(num_hidden_layers=layers, num_local_experts=experts).to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+    stacks = layers * experts * 3 * hidden**2
+    matrices = 2 * vocabulary * hidden + layers * hidden * (2 * 64 * 64 + 2 * 8 * 64 + experts)
+    vectors = layers * (3 * hidden + 64 * 64 + 2 * 8 * 64 + 64 + experts + 3 * experts * hidden) + hidden
+    assert stacks + matrices + vectors == 116_829_156_672
+    published, lossless = (
+        isomorph.inspect(tmp_path),
+        quantize(tmp_path, tmp_path / "n", recipe="lossless", dry_run=True),
+    )
+    assert published.parameters == lossless.parameters == stacks + matrices + vectors
+    assert published.payload_bytes == stacks * 17 // 32 + 2 * (matrices + vectors) == 65_248_815_744
+    assert lossless.payload_bytes == stacks * 17 // 32 + matrices * 17 // 16 + 2 * vectors == 63_254_703_744
+
+
 @pytest.mark.parametrize(("bits", "group_size"), [(6, 32), (5, 32), (4, 32), (8, 64)])
 def test_the_published_build(bits: int, group_size: int, packed: Path, floats: Path, tmp_path: Path) -> None:
     """Rounded again, as it was published: bit for bit what stock mlx-lm makes of the dequantized weights."""
