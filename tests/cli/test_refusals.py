@@ -23,7 +23,10 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert "see `isomorph --help`" in refused(capsys, "nope")
     assert "see `isomorph inspect --help`" in refused(capsys, "inspect")
+    assert "see `isomorph evaluate --help`" in refused(capsys, "evaluate")
     assert "empty name" in refused(capsys, "inspect", "")
+    assert run([]) == 0
+    assert "quantize" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

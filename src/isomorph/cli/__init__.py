@@ -22,7 +22,6 @@ from isomorph.train import memory
 app = typer.Typer(
     name="isomorph",
     help="Port a language model to another framework, prove that it is the same model, quantize it, run it anywhere.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -76,7 +75,7 @@ def run(arguments: list[str]) -> int:
 
     command = get_command(app)
     try:
-        result = command.main(args=arguments, prog_name="isomorph", standalone_mode=False)
+        result = command.main(args=arguments or ["--help"], prog_name="isomorph", standalone_mode=False)
         if result == INTERRUPTED:  # what typer makes of Ctrl-C
             raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
@@ -104,7 +103,7 @@ def run(arguments: list[str]) -> int:
             raise
         text = " ".join(str(message()).split()).rstrip(".")
         place = getattr(getattr(error, "ctx", None), "command_path", "isomorph")
-        say(f"isomorph: {text or 'no verb given'}; see `{place} --help`")
+        say(f"isomorph: {text}; see `{place} --help`")
         return 2
 
 
