@@ -138,3 +138,12 @@ def test_recording_leaves_the_config_as_it_was(folder):
     decoded(model, ids_of(1), [0])
     assert before == (model.module.config._attn_implementation, model.module.config.pad_token_id)
     assert before[0] != torch_step.ATTENTION
+
+
+def test_a_state_beside_keys_and_values_stays_on_its_module():
+    """GELU-GPT's smear looks back at an embedding."""
+    model = isomorph.load("pocket:gelu_gpt", dtype="float32")
+    state = model.decode_state(1)
+    for token in range(3, 9):
+        state.feed(np.array([[token]]), last_only=True)
+    assert model.steps.describe(1) == "the model remembers more than keys and values"

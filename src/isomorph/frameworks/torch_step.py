@@ -220,6 +220,8 @@ def altered(config: Any, **values: Any) -> Iterator[None]:
 
 def record(model: TorchModel, cache: SlotCache, starts: np.ndarray, ids: np.ndarray) -> Recording:
     """Run one step of `ids` [B, 1] through the module and note it. Raises NotRecordable."""
+    if model.cache_layers != model.num_layers:
+        raise NotRecordable("the model remembers more than keys and values")
     recording = Recording(cache, starts)
     tokens = torch.from_numpy(ids.copy())
     positions = torch.from_numpy((cache.filled - starts)[:, None])
