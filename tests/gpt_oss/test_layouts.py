@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import isomorph
+from conftest import assert_logits_close
 from isomorph.architectures.gpt_oss.config import GptOssConfig, YarnScaling
 from isomorph.checkpoint import open_checkpoint
 from isomorph.checkpoint.mxfp4 import packed_view
@@ -143,3 +144,14 @@ def test_sizes_of_the_published_model(tmp_path: Path) -> None:
     found = isomorph.inspect(tmp_path)
     assert found.parameters == 20_914_757_184
     assert round(found.payload_bytes / 1e9, 2) == 13.76
+
+
+def test_unpacked_experts_of_16_bits_in_mlx_on_a_cpu(floats: Path, tmp_path: Path) -> None:
+    """MLX gathers them in float32 alone there: that is what is computed in, and any other dtype is refused."""
+    folder = isomorph.convert(floats, tmp_path / "half", to="mlx", dtype="bfloat16").path
+    ids = np.arange(40)[None]
+    model = isomorph.load(folder, framework="mlx", device="cpu")
+    assert model.dtype == "float32"
+    assert_logits_close(model.logits(ids), isomorph.load(folder, dtype="float32").logits(ids))
+    with pytest.raises(InputError, match=r"expected dtype float32.*found bfloat16"):
+        isomorph.load(folder, framework="mlx", device="cpu", dtype="bfloat16")

@@ -186,9 +186,23 @@ def load_model(
             module = _load_own(architecture, checkpoint, config, compute)
             limits = {key: getattr(config, key) for key in ("vocab_size", "max_position_embeddings")}
             name = architecture.model_type
+        if where == mx.cpu and compute != "float32" and has_float_experts(module):
+            if dtype is not None:
+                raise InputError(
+                    f"expected dtype float32, in which alone MLX multiplies unpacked experts on a CPU; found {dtype}"
+                )
+            compute = "float32"
+            module.apply(lambda value: value.astype(mx.float32) if mx.issubdtype(value.dtype, mx.floating) else value)
         module.eval()
         mx.eval(module.parameters())
     return MLXModel(module, config, architecture=name, dtype=compute, device=where, limits=limits)
+
+
+def has_float_experts(module: nn.Module) -> bool:
+    """Whether some stack of experts is not packed."""
+    from mlx_lm.models.switch_layers import SwitchLinear
+
+    return any(isinstance(part, SwitchLinear) for part in module.modules())
 
 
 def chosen_device(name: str | None) -> mx.Device:
@@ -297,6 +311,8 @@ def _load_stock(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool) -> 
     """The folder as stock mlx-lm loads it, computing in `dtype`, and its config with the text model's keys on top."""
     from mlx_lm.utils import load_model as load_with_mlx_lm
 
+    from isomorph.checkpoint.mlx_quantized import quantized_modules
+
     if checkpoint.kind != "safetensors":
         raise InputError(f"expected safetensors for mlx-lm; found {checkpoint.path}; convert it first")
     if checkpoint.packing is not None:
@@ -305,6 +321,9 @@ def _load_stock(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool) -> 
             f"expected weights as MLX stores them; found {checkpoint.packing} in {checkpoint.path}; "
             "run isomorph quantize --recipe lossless first, or use framework torch"
         )
+    if checkpoint.quantization is not None and not any(name.endswith(".global_scale") for name in checkpoint.tensors):
+        # Over some faults mlx ends the process, others it reads as something else.
+        quantized_modules(checkpoint.tensors, checkpoint.quantization)
     try:
         module, config = load_with_mlx_lm(
             checkpoint.folder, lazy=True, model_config=dict(checkpoint.overrides), trust_remote_code=trust_remote_code
