@@ -253,6 +253,15 @@ def test_malformed_folders_get_one_line(fault, quick, tmp_path):
     assert "expected" in text and "found" in text and "\n" not in text
 
 
+@pytest.mark.parametrize("fault", ["other bits", "impossible group size", "fewer groups", "missing biases"])
+def test_malformed_folders_do_not_reach_mlx(fault, quick, tmp_path):
+    """It divides by zero, or reads them as something else."""
+    change, told = MALFORMED[fault]
+    folder = rewritten(quick[QUICK[2]] / "quantized", tmp_path / "folder", change)
+    with pytest.raises(InputError, match=f"expected .*{told}.*; found"):
+        isomorph.load(folder, framework="mlx")
+
+
 @pytest.mark.parametrize("key", ["quantization", "quantization_config"])
 def test_either_key_and_shards_will_do(key, quick, tmp_path):
     source = quick[QUICK[0]] / "quantized"
