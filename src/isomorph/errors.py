@@ -13,7 +13,7 @@ class InputError(ValueError):
         super().__init__(" ".join(message.split()))
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: object, known: Iterable[str]) -> str:
     """`" (did you mean 'x'?)"`, or an empty string when nothing known comes close."""
-    close = get_close_matches(name, list(known), n=1)
+    close = get_close_matches(str(name), list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

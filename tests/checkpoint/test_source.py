@@ -132,6 +132,12 @@ def test_json_that_is_none(tmp_path: Path, text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("source", [None, 5, [1]])
+def test_what_is_no_path_at_all(source: Any) -> None:
+    with pytest.raises(InputError, match="expected a path or a Hub id; found"):
+        open_checkpoint(source)
+
+
 def test_folders_that_are_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="found neither"):
         open_checkpoint(tmp_path)

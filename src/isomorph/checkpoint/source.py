@@ -149,6 +149,8 @@ def _locate(source: str | Path) -> Path:
         from isomorph import pocket
 
         return pocket.path(source.removeprefix(POCKET))
+    if not isinstance(source, str | Path):
+        raise InputError(f"expected a path or a Hub id; found {source!r}")
     if "\0" in str(source):
         raise InputError(f"expected a path or a Hub id; found {str(source)!r}, which no path can be")
     if not str(source):

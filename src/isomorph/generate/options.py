@@ -34,7 +34,8 @@ class Options(Sampling):
                 raise InputError(f"expected {name} to be a whole number from 1; found {value!r}")
         if self.chat_template is not None and not isinstance(self.chat_template, Mapping):
             raise InputError(f"expected chat_template to map names to values; found {self.chat_template!r}")
-        for string in self.stop_strings:
+        strings = self.stop_strings if isinstance(self.stop, str | Sequence | None) else [self.stop]
+        for string in strings:
             if not isinstance(string, str) or not string:
                 raise InputError(f"expected stop to be a string or a list of strings, none empty; found {string!r}")
 
