@@ -131,6 +131,7 @@ def bench_command(
 
 def _speeds(result: Throughput) -> dict[str, str]:
     first, spread = result.time_to_first_token_seconds, result.time_to_first_token_seconds_sd
+    step = {"decode step": result.decode_step} if result.decode_step else {}
     return {
         "prefill": f"{result.prefill_tokens_per_second:.1f} ± {result.prefill_tokens_per_second_sd:.1f} tokens/s",
         "decode": f"{result.decode_tokens_per_second:.1f} ± {result.decode_tokens_per_second_sd:.1f} tokens/s",
@@ -138,6 +139,7 @@ def _speeds(result: Throughput) -> dict[str, str]:
         "read per token": f"{result.bytes_read_per_token / 1e9:.3f} GB",
         "read bandwidth": f"{result.read_bandwidth_bytes_per_second / 1e9:.1f} GB/s, "
         f"{result.read_bandwidth_fraction:.0%} of it used",
+        **step,
         "peak memory": f"{result.peak_memory_bytes / 1e9:.2f} GB",
         "hardware": f"{result.environment['cpu']}, {result.threads} threads, {result.instruction_set or 'no kernels'}",
         "commit": result.commit or "not a checkout",
