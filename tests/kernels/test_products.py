@@ -81,6 +81,16 @@ def test_fast_products_round_only_the_activations(backend, settings):
 
 
 @needs_extension
+@pytest.mark.parametrize("settings", [Settings(4, 64), Settings(6, 32), Settings.of(mode="nvfp4")], ids=str)
+def test_many_rows_in_several_tiles(settings):
+    case = make(3, (600, settings.group_size * 5), settings)
+    x = activations(3, 520, case.values.shape[1], "float32")
+    assert relative_error(product(case, x), x, case.values) <= BOUND
+    assert relative_error(product(case, x, fast=True), x, case.values) <= FAST_BOUND
+    assert relative_error(product(case, x), x, np.roll(case.values, 64, axis=0)) > FAST_BOUND  # panels in wrong places
+
+
+@needs_extension
 def test_every_backend_is_there():
     assert BACKENDS[-1] == "portable"
     assert native.extension().choose_backend("none such") is False

@@ -206,7 +206,7 @@ float largest(const float* x, int64_t count) {
   const float none = -std::numeric_limits<float>::infinity();
   Lanes lanes = none - Lanes{}, of_x;
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) read_lanes(x + i, of_x), lanes = (of_x > lanes) | (of_x != of_x) ? of_x : lanes;
+  for (; i + kLanes <= count; i += kLanes) read_lanes(x + i, of_x), lanes = ((of_x > lanes) | (of_x != of_x)) ? of_x : lanes;
   float value = none;
   for (; i < count; ++i) value = x[i] > value || x[i] != x[i] ? x[i] : value;
   for (int j = 0; j < kLanes; ++j) value = lanes[j] > value || lanes[j] != lanes[j] ? lanes[j] : value;
