@@ -415,7 +415,9 @@ def test_settings_that_hold_it_and_that_do_not(others: dict[str, np.ndarray], tm
         quantize(source, tmp_path / "fewer", 3, 128)
 
 
-def test_inspect_and_the_frameworks_say_what_it_is(tmp_path: Path, others: dict[str, np.ndarray]) -> None:
+def test_inspect_and_the_frameworks_say_what_it_is(
+    tmp_path: Path, others: dict[str, np.ndarray], caplog: pytest.LogCaptureFixture
+) -> None:
     source = write(tmp_path / "source", awq(), *NARROW, beside=others, **LLAMA)
     found = isomorph.inspect(source)
     assert "awq" in found.description and found.loads["isomorph"] == "torch"
@@ -426,6 +428,9 @@ def test_inspect_and_the_frameworks_say_what_it_is(tmp_path: Path, others: dict[
         isomorph.load(source, framework="mlx")
     with pytest.raises(InputError, match="transformers can hold as awq has them"):
         isomorph.convert(source, tmp_path / "target", to="transformers")
+    (source / "model.safetensors").unlink()
+    assert isomorph.inspect(source).bits_per_weight == 16
+    assert "is quantized, its weights are not here: sizes are those of float16" in caplog.text
 
 
 def test_experts_are_stacked_with_their_codes(tmp_path: Path) -> None:

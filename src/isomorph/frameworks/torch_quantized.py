@@ -39,7 +39,7 @@ def quantized_model(checkpoint: Checkpoint, dtype: str | None, fast: bool) -> tu
             f"expected a model_type that isomorph or Transformers knows; found {model_type!r}"
             f"{did_you_mean(str(model_type), CONFIG_MAPPING_NAMES)}; use framework mlx"
         )
-    if model_type in CHANGED:
+    if model_type in CHANGED and checkpoint.packing is None:
         raise InputError(
             f"expected weights that mean in Transformers what they mean in mlx-lm; found {model_type!r}, whose mlx-lm "
             "changes as it converts them; use framework mlx"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
@@ -13,6 +14,8 @@ from isomorph.checkpoint.source import Checkpoint
 from isomorph.errors import InputError
 from isomorph.port.declared import declared_dtype, promised
 from isomorph.quantize.experts import REARRANGED, STACKED
+
+logger = logging.getLogger(__name__)
 
 FORMATS = {"transformers": "pt", "mlx": "mlx"}
 
@@ -30,7 +33,7 @@ def shared_layout(checkpoint: Checkpoint, to: str) -> str:
     model_type = str((checkpoint.config or {}).get("model_type"))
     if checkpoint.packing is not None and checkpoint.quantization is not None:
         # mlx-lm stacks and turns floats only, so where it would do that the quantizer does.
-        if to == "mlx" and mlx_lm_has(model_type) and model_type not in STACKED | REARRANGED:
+        if to == "mlx" and mlx_lm_has(model_type) and model_type not in STACKED | REARRANGED | CHANGED:
             return "mlx"
         raise InputError(
             f"expected weights that {to} can hold as {checkpoint.packing} has them; found a {model_type}; "
@@ -116,6 +119,8 @@ def declared(checkpoint: Checkpoint) -> Checkpoint:
     """`checkpoint`, which holds no weights, with the tensors that Transformers' model of its config has."""
     model = skeleton(checkpoint.config or {})
     dtype = declared_dtype(checkpoint.config or {}) or "float32"
+    if "quantization" in (checkpoint.config or {}) or "quantization_config" in (checkpoint.config or {}):
+        logger.warning("%s is quantized, its weights are not here: sizes are those of %s", checkpoint.path.name, dtype)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {}) if model.config.tie_word_embeddings else set()
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
     return replace(checkpoint, tensors={n: promised(n, shape, dtype, checkpoint) for n, shape in shapes.items()})
