@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <vector>
 
 #include "format.h"
 
@@ -40,7 +41,8 @@ struct Backend {
 // Each returns null when it was not compiled or this CPU lacks the instructions.
 const Backend* portable_backend();
 const Backend* avx2_backend();
-const Backend* avx512_backend();
 const Backend* neon_backend();
+// AVX-512 with tiles of fp32 and of bfloat16, the faster one on this CPU first; none where the others return null.
+std::vector<const Backend*> avx512_backends();
 
 }  // namespace isomorph

@@ -5,8 +5,8 @@
 namespace isomorph {
 
 std::vector<const Backend*> available_backends() {
-  std::vector<const Backend*> found;
-  for (const Backend* backend : {avx512_backend(), avx2_backend(), neon_backend(), portable_backend()})
+  std::vector<const Backend*> found = avx512_backends();
+  for (const Backend* backend : {avx2_backend(), neon_backend(), portable_backend()})
     if (backend) found.push_back(backend);
   return found;
 }

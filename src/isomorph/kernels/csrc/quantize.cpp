@@ -11,7 +11,7 @@ namespace {
 
 const Codec& codec() {
   const std::string name = backend().name;
-  if (name == "avx512") return *avx512_codec();
+  if (name.rfind("avx512", 0) == 0) return *avx512_codec();
   if (name == "avx2") return *avx2_codec();
   return *portable_codec();
 }

@@ -49,7 +49,7 @@ int reduction_operation(const std::string& name) { return find(kReductionNames, 
 
 const StepLoops& step_loops() {
   const StepLoops* loops = nullptr;
-  if (!std::strcmp(backend().name, "avx512")) loops = avx512_step_loops();
+  if (!std::strncmp(backend().name, "avx512", 6)) loops = avx512_step_loops();
   if (!std::strcmp(backend().name, "avx2")) loops = avx2_step_loops();
   return loops ? *loops : *portable_step_loops();
 }
