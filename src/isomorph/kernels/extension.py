@@ -1,7 +1,7 @@
 """Finds the C++ extension, without importing any framework.
 
-Environment: `ISOMORPH_KERNELS` = avx512 | avx512_bf16 | avx2 | neon | portable | none chooses the instruction set or does
-without the extension (avx512_bf16 multiplies many rows in bfloat16, the default where that is faster, on AMD);
+Environment: `ISOMORPH_KERNELS` = avx512 | avx512_bf16 | avx2 | neon | portable | none chooses the instruction set or
+does without the extension (avx512_bf16 multiplies many rows in bfloat16, the default where that is faster, on AMD);
 `ISOMORPH_NUM_THREADS` sets the threads.
 """
 
