@@ -1,12 +1,13 @@
 """Tokens a second of a training step, next to nanochat's own step in PyTorch, at equal shape and batch.
 
     python benchmarks/train.py NANOCHAT [--depth 4] [--vocab-size 4096] [--seq-len 512] [--batch 4] [--rounds 7]
-                               [--optimizer adamw | own] [--eager]
+                               [--optimizer adamw | own] [--eager] [--record FILE]
 
 NANOCHAT is a checkout of github.com/karpathy/nanochat. Its step is forward, backward and update, compiled as its
 training script does (`--eager`: as it is), in float32, what it takes on a CPU; `own` is its Muon with AdamW. Each
 trains in a process of its own and they take turns, so that neither is measured in quieter times than the other.
-Medians; the last line is one JSON document.
+Medians; the last line is one JSON document. With `--record` the seconds of each round are added to FILE, and medians
+are of all rounds of the same shape in it: a quiet minute here and there does. What is compiled once is not again.
 """
 
 from __future__ import annotations
@@ -18,10 +19,15 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 WARM_UP = 2
+
+#: What makes two rounds comparable.
+SHAPE = ("depth", "vocab_size", "seq_len", "batch", "optimizer", "eager")
 
 
 def nanochat_step(options: argparse.Namespace) -> Callable[[], None]:
@@ -112,41 +118,58 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--optimizer", choices=("adamw", "own"), default="adamw")
     parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--record", type=Path)
     parser.add_argument("--worker", choices=tuple(STEPS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         work(options)
         return
+    shape = {key: getattr(options, key) for key in SHAPE}
+    rounds = []
+    if options.record and options.record.is_file():
+        known = map(json.loads, options.record.read_text().splitlines())
+        rounds = [line["seconds"] for line in known if line["shape"] == shape]
+    for seconds in measure(options.rounds):
+        rounds.append(seconds)
+        if options.record:
+            with options.record.open("a") as record:
+                record.write(json.dumps({"shape": shape, "seconds": seconds}) + "\n")
+    tokens = options.batch * options.seq_len
+    rates = {name: tokens / statistics.median(seconds[name] for seconds in rounds) for name in STEPS}
+    ratio = statistics.median(seconds["nanochat"] / seconds["isomorph"] for seconds in rounds)
+    for name, rate in rates.items():
+        print(f"{name:10} {rate:10,.0f} tokens/s", file=sys.stderr)
+    result = {"tokens_per_second": rates, "ratio": ratio, **shape, "rounds": len(rounds)}
+    print(json.dumps({**result, "cpus": os.cpu_count(), "processor": platform.processor() or platform.machine()}))
+
+
+def measure(rounds: int) -> Iterator[dict[str, float]]:
+    """Seconds of a step of each, round by round."""
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(Path(tempfile.gettempdir()) / "isomorph-benchmark")}
     workers = {
         name: subprocess.Popen(
             [sys.executable, __file__, *sys.argv[1:], "--worker", name],
+            env={**cache, **os.environ},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
         for name in STEPS
     }
-    seconds: dict[str, list[float]] = {name: [] for name in STEPS}
     try:
         for name, worker in workers.items():
             if worker.stdout.readline() != "ready\n":  # type: ignore[union-attr]
                 sys.exit(f"{name} did not start")
-        for _ in range(options.rounds):
+        for _ in range(rounds):
+            seconds = {}
             for name, worker in workers.items():
                 worker.stdin.write("\n")  # type: ignore[union-attr]
                 worker.stdin.flush()  # type: ignore[union-attr]
-                seconds[name].append(float(worker.stdout.readline()))  # type: ignore[union-attr]
+                seconds[name] = float(worker.stdout.readline())  # type: ignore[union-attr]
+            yield seconds
     finally:
         for worker in workers.values():
             worker.kill()
-    tokens = options.batch * options.seq_len
-    rates = {name: tokens / statistics.median(found) for name, found in seconds.items()}
-    ratio = statistics.median(theirs / ours for theirs, ours in zip(seconds["nanochat"], seconds["isomorph"]))
-    for name, rate in rates.items():
-        print(f"{name:10} {rate:10,.0f} tokens/s", file=sys.stderr)
-    shape = {key: getattr(options, key) for key in ("depth", "vocab_size", "seq_len", "batch", "optimizer", "eager")}
-    result = {"tokens_per_second": rates, "ratio": ratio, **shape, "rounds": options.rounds}
-    print(json.dumps({**result, "cpus": os.cpu_count(), "processor": platform.processor() or platform.machine()}))
 
 
 if __name__ == "__main__":

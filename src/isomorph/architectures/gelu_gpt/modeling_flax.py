@@ -47,7 +47,6 @@ COLUMN: dict[str, Any] = {"out_sharding": ("fsdp", "model"), "eager_sharding": F
 ROW: dict[str, Any] = {"out_sharding": ("model", "fsdp"), "eager_sharding": False}
 WHOLE: dict[str, Any] = {"out_sharding": (None, None), "eager_sharding": False}
 
-
 #: Keys and values of one layer, each [B, S, G, K].
 KeyValue = tuple[jax.Array, jax.Array]
 
@@ -167,8 +166,10 @@ def attend(
     back = positions[:, :, None] - key_positions[:, None, :]
     seen = (back >= 0) & (back <= window) & (key_positions >= 0)[:, None, :]  # [B, T, S]
     scores = jnp.einsum("...tk,...sk->...ts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    # Behind a barrier, or XLA on a CPU computes it anew for every head.
+    bias = jax.lax.optimization_barrier(jnp.where(seen, 0.0, -jnp.inf))
     # No maximum to subtract: normed queries and keys keep scores within QK_SCALE ** 2 * sqrt(K).
-    odds = jnp.exp(scores + jnp.where(seen, 0.0, -jnp.inf)[:, None, None])  # [B, G, H/G, T, S]
+    odds = jnp.exp(scores + bias[:, None, None])  # [B, G, H/G, T, S]
     total = jnp.maximum(odds.sum(axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)  # padding sees nothing
     return ((odds.astype(v.dtype) @ v) / total).astype(v.dtype)
 
@@ -238,14 +239,14 @@ def _part_of_cross_entropy(
     """The summed loss and its gradient by the logits [B, T, V] before the cap."""
     capped = jnp.tanh((x @ weight.T).astype(jnp.float32) / SOFT_CAP)  # [B, T, V], in -1..1
     columns = jnp.arange(len(weight))
-    # No maximum to subtract: the cap is one.
-    odds = jnp.where(columns < vocab_size, jnp.exp(SOFT_CAP * capped - SOFT_CAP), 0)
-    total = odds.sum(axis=-1, keepdims=True)
-    hit = columns == targets[..., None]
-    losses = jnp.log(total[..., 0]) + SOFT_CAP - SOFT_CAP * jnp.sum(capped, where=hit, axis=-1)
-    counted = targets >= 0
-    d_logits = (odds / total - hit) * (1 - capped * capped) * counted[..., None]
-    return jnp.sum(losses, where=counted), d_logits
+    odds = jnp.exp(SOFT_CAP * capped - SOFT_CAP)  # no maximum to subtract: the cap is one
+    if vocab_size < len(weight):
+        odds = jnp.where(columns < vocab_size, odds, 0)
+    total, hit = odds.sum(axis=-1, keepdims=True), columns == targets[..., None]
+    reached = jnp.take_along_axis(capped, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+    losses = jnp.log(total[..., 0]) + SOFT_CAP - SOFT_CAP * reached
+    d_logits = (odds / total - hit) * (1 - capped * capped) * (targets >= 0)[..., None]
+    return jnp.sum(losses, where=targets >= 0), d_logits
 
 
 class Attention(nnx.Module):
