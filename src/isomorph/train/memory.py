@@ -13,7 +13,7 @@ OPTIONS = {"M_TRIM_THRESHOLD": (-1, -1), "M_MMAP_MAX": (-4, 0), "M_ARENA_MAX": (
 def keep() -> None:
     """Make this process keep the memory it frees, where its C library is glibc.
 
-    A step of benchmarks/train.py then takes 0.4 s, not 0.6: the kernel need not clear 300 MB for it.
+    A step of benchmarks/train.py then takes 0.46 s, not 0.63: the kernel need not clear 300 MB for it.
     """
     libc: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
