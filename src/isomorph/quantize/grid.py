@@ -181,6 +181,9 @@ def _integers(weights: np.ndarray, grid: Settings) -> Packed | None:
     largest = np.abs(groups).max(axis=1)
     if not np.isfinite(largest).all():
         return None
+    # A group has no more values than there are codes, by which nearly all weights are told apart from a grid.
+    if (np.count_nonzero(np.diff(np.sort(groups, axis=1), axis=1), axis=1) > _LEVELS).any():
+        return None
     codes = np.zeros(groups.shape, np.uint8)
     scales, biases = np.ones(len(groups), np.float32), np.zeros(len(groups), np.float32)
     open_groups = np.flatnonzero(largest)
