@@ -25,6 +25,8 @@ from isomorph.errors import InputError
 #: Unsigned integers as wide as each dtype a head comes in.
 BITS = {"float16": np.uint16, "bfloat16": np.uint16, "float32": np.uint32, "float64": np.uint64}
 EXCEPTION = 3
+#: Bytes of a block that are worked on at a time: what is computed of them takes several times as many.
+PIECE_BYTES = 1 << 20
 #: Fixed, so that equal inputs give equal bytes.
 ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 
@@ -93,7 +95,7 @@ def write_sidecar(path: Path, weight: Tensor, gain: Tensor) -> None:
     def codes() -> Iterator[np.ndarray]:
         nonlocal exceptions
         pending = np.empty(0, np.uint8)
-        for block in weight.blocks():
+        for block in _pieces(weight.blocks()):
             code = _codes(block, value)
             exceptions += int(np.count_nonzero(code == EXCEPTION))
             pending = np.concatenate([pending, code])
@@ -103,7 +105,7 @@ def write_sidecar(path: Path, weight: Tensor, gain: Tensor) -> None:
         yield _packed(np.concatenate([pending, np.zeros(-len(pending) % 4, np.uint8)]))
 
     def excepted() -> Iterator[np.ndarray]:
-        for block in weight.blocks() if exceptions else ():
+        for block in _pieces(weight.blocks()) if exceptions else ():
             yield _bits(block)[_codes(block, value) == EXCEPTION]
 
     with zipfile.ZipFile(path, "w") as archive:
@@ -129,7 +131,7 @@ class Sidecar:
             codes = _ArrayStream(archive, "codes", self.path)
             exceptions = _ArrayStream(archive, "exceptions", self.path)
             pending = np.empty(0, np.uint8)
-            for block in blocks:
+            for block in _pieces(blocks):
                 packed = codes.take((max(0, block.size - len(pending)) + 3) // 4)
                 unpacked = (packed[:, None] >> np.array([0, 2, 4, 6], np.uint8) & 3).reshape(-1)
                 pending = np.concatenate([pending, unpacked])
@@ -209,6 +211,14 @@ def _write_array(archive: zipfile.ZipFile, key: str, shape: tuple[int, ...], dty
         np.lib.format.write_array_header_1_0(file, header)
         for part in parts:
             file.write(np.ascontiguousarray(part).tobytes())
+
+
+def _pieces(blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """The same rows, fewer at a time."""
+    for block in blocks:
+        rows = max(1, PIECE_BYTES // max(1, block[:1].nbytes))
+        for start in range(0, len(block), rows):
+            yield block[start : start + rows]
 
 
 def _wide(dtype: np.dtype) -> np.dtype:
