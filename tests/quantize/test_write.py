@@ -316,6 +316,20 @@ def test_a_quantized_source_is_refused_unless_asked_for(talkie, tmp_path):
     assert quantize(tmp_path / "llama8", tmp_path / "llama4", group_size=32, requantize=True).bits == 4
 
 
+def test_packed_modules_that_are_copied_are_checked(talkie, tmp_path):
+    quantize(talkie, tmp_path / "q8", bits=8)
+    file = tmp_path / "q8" / "model.safetensors"
+    with safe_open(file, "numpy") as opened:
+        tensors, metadata = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()  # noqa: SIM118
+    scales = next(name for name in tensors if name.endswith(".scales"))
+    quantize(tmp_path / "q8", tmp_path / "same", bits=8)
+    tensors[scales][0, 0] = np.nan
+    save_file(tensors, file, metadata)
+    with pytest.raises(InputError, match=f"expected finite scales; found NaN or infinity in {re.escape(scales)}"):
+        quantize(tmp_path / "q8", tmp_path / "other", bits=8)
+    assert not (tmp_path / "other").exists()
+
+
 def test_dequantized_values_are_the_codes_values(talkie, tmp_path):
     quantize(talkie, tmp_path / "q4")
     convert(tmp_path / "q4", tmp_path / "floats", layout="mlx-folded", dequantize=True)

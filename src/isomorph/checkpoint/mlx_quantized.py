@@ -39,6 +39,19 @@ class QuantizedModule:
     def shape(self) -> tuple[int, ...]:
         return (*self.scales.shape[:-1], self.scales.shape[-1] * self.settings.group_size)
 
+    def parts(self) -> list[Tensor]:
+        """What is stored, as it is. Scales and biases that are not finite raise InputError when they are read."""
+        companions = {"scales": self.scales, "biases": self.biases}
+        return [self.weight, *(self._checked(part, tensor) for part, tensor in companions.items() if tensor)]
+
+    def _checked(self, part: str, tensor: Tensor) -> Tensor:
+        def read() -> np.ndarray:
+            values = tensor.read()
+            self._check_finite(part, values)
+            return values
+
+        return Tensor(tensor.name, tensor.shape, tensor.dtype, read)
+
     def dequantized(self, dtype: str | None = None) -> Tensor:
         """The weights as a lazy float tensor named `path.weight`, in `dtype` or as MLX gives them."""
         if self.settings.affine and self.scales.dtype == "float32" and dtype in ("bfloat16", "float16"):

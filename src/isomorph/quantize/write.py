@@ -277,7 +277,7 @@ def _streams(plan: Plan) -> tuple[list[QuantizedStream], list[Tensor]]:
         if decision.settings is None:
             groups.append([decision.tensor])
         elif packed is not None and packed.settings == decision.settings:
-            groups.append([part for part in (packed.weight, packed.scales, packed.biases) if part is not None])
+            groups.append(packed.parts())
         else:
             streams.append(QuantizedStream(decision))
             groups.append(streams[-1].parts())
