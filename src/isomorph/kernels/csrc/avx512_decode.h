@@ -199,6 +199,32 @@ struct Mxfp8Weights {
   static __m512 weight(const Codes& codes, int j, Terms scale) { return _mm512_mul_ps(from_e4m3_16(codes.half[j]), scale); }
 };
 
+// fp4 for a few rows: 128 codes are 16 lanes of eight, so that a group is some whole lanes. Elements are multiplied as they
+// are and the lanes' sums scaled, a unit at a time.
+template <int group>
+struct Fp4Sums {
+  static constexpr int vectors = 8, unit = 128, bytes = 64, groups = unit / group;
+  using Codes = __m512i;
+  using Terms = __m512;
+  static constexpr int column(int j, int lane) { return 8 * lane + j; }
+
+  __m512 elements = TableWeights<4, 32, true>().elements;
+  static Codes load(const uint8_t* p, int64_t left) {
+    return left >= unit ? _mm512_loadu_si512(p) : load_bytes(p, left / 2);
+  }
+  static Terms terms(const float* scale, const float*) {
+    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(lanes, group == 32 ? 2 : 1), _mm512_loadu_ps(scale));
+  }
+  __m512 element(__m512i codes, int j) const { return _mm512_permutexvar_ps(Lanes<4, 8>::at(codes, j), elements); }
+  __m512 weight(__m512i codes, int j, Terms scale) const { return _mm512_mul_ps(element(codes, j), scale); }
+};
+
+template <class Decoder>
+constexpr bool scales_sums = false;
+template <int group>
+constexpr bool scales_sums<Fp4Sums<group>> = true;
+
 // Scales and biases of the next 16 groups of units, those of a row beginning at `base`; halves of 128 share theirs.
 template <class Decoder>
 __attribute__((noinline)) void load_any_terms(const Weights& w, int64_t base, int64_t groups, int64_t unit, float* scale, float* bias) {
@@ -218,11 +244,12 @@ __attribute__((noinline)) void load_any_terms(const Weights& w, int64_t base, in
 template <class Decoder>
 inline void load_terms(const Weights& w, int64_t base, int64_t groups, int64_t unit, float* scale, float* bias) {
   const bool affine = w.mode == Mode::affine && w.scale_type == Type::bfloat16;
-  if (unit + 16 > groups || w.group != Decoder::unit || !(affine || w.mode == Mode::mxfp4))
+  const int64_t first = unit * Decoder::groups;
+  if (first + 16 > groups || w.group * Decoder::groups != Decoder::unit || !(affine || w.mode == Mode::mxfp4))
     return load_any_terms<Decoder>(w, base, groups, unit, scale, bias);
-  if (!affine) return _mm512_store_ps(scale, load_e8m0(w.scales, base + unit, 0xffff));
-  _mm512_store_ps(scale, load_floats(Type::bfloat16, w.scales, base + unit, 0xffff));
-  _mm512_store_ps(bias, load_floats(Type::bfloat16, w.biases, base + unit, 0xffff));
+  if (!affine) return _mm512_store_ps(scale, load_e8m0(w.scales, base + first, 0xffff));
+  _mm512_store_ps(scale, load_floats(Type::bfloat16, w.scales, base + first, 0xffff));
+  _mm512_store_ps(bias, load_floats(Type::bfloat16, w.biases, base + first, 0xffff));
 }
 
 // Calls f(decoder) with what reads w.

@@ -76,7 +76,8 @@ __attribute__((noinline)) void exact_block(const Weights& w, const Decoder& deco
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) total[r][m] = _mm512_setzero_ps();
   }
-  alignas(64) float scale[R][16], bias[R][16];
+  alignas(64) float scale[R + 1][16], bias[R][16];  // one more: terms may load 16 floats from any of a row's
+  constexpr bool late = scales_sums<Decoder> && M <= 2;   // more sums than that do not fit the registers twice
   const int batch = 16 / Decoder::groups;  // units whose scales are loaded at once
   for (int64_t first = span.begin / Decoder::unit; first < units; first += batch) {
     const int count = int(std::min<int64_t>(batch, units - first));
@@ -84,6 +85,10 @@ __attribute__((noinline)) void exact_block(const Weights& w, const Decoder& deco
     for (int u = 0; u < count; ++u) {
       typename Decoder::Codes codes[R];
       typename Decoder::Terms terms[R];
+      __m512 unscaled[R][M];
+      if constexpr (late)
+        for (auto& row : unscaled)
+          for (__m512& sum : row) sum = _mm512_setzero_ps();
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const uint8_t* p = code[r] + (first + u) * Decoder::bytes;
@@ -91,13 +96,19 @@ __attribute__((noinline)) void exact_block(const Weights& w, const Decoder& deco
         codes[r] = decode.load(p, w.columns - (first + u) * Decoder::unit);
         terms[r] = decode.terms(&scale[r][u * Decoder::groups], &bias[r][u * Decoder::groups]);
       }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int j = 0; j < Decoder::vectors; ++j) {
         __m512 weight[R];
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) weight[r] = decode.weight(codes[r], j, terms[r]);
-        accumulate<R, M>(weight, x + ((first + u) * Decoder::unit + 16 * j) * M, total);
+        for (int r = 0; r < R; ++r) {
+          if constexpr (late) weight[r] = decode.element(codes[r], j);
+          else weight[r] = decode.weight(codes[r], j, terms[r]);
+        }
+        accumulate<R, M>(weight, x + ((first + u) * Decoder::unit + 16 * j) * M, late ? unscaled : total);
       }
+      if constexpr (late)
+        for (int r = 0; r < R; ++r)
+          for (int m = 0; m < M; ++m) total[r][m] = _mm512_fmadd_ps(unscaled[r][m], terms[r], total[r][m]);
     }
   }
   add_sums<R, M>(total, sums);
@@ -148,7 +159,7 @@ __attribute__((noinline)) void bfloat16_block(const uint8_t* w, int64_t k, RowSe
 namespace avx512 {
 
 void few_exact(const Weights* w, const Rows* rows, int count) {
-  with_decoder(*w, [&](const auto& decoder) {
+  const auto multiply = [&](const auto& decoder) {
     using Decoder = std::decay_t<decltype(decoder)>;
     const FloatRows x = ordered_rows<Decoder>(rows, count, w->columns);
     const int64_t batch = 16 / Decoder::groups * Decoder::unit;
@@ -156,7 +167,10 @@ void few_exact(const Weights* w, const Rows* rows, int count) {
                [&](size_t i, RowSet n, Span span, int64_t m, auto R, auto M, float* sums) {
                  exact_block<Decoder, R, M>(w[i], decoder, n, span, x.strip(i, m), sums);
                });
-  });
+  };
+  if (w->mode == Mode::nvfp4) return multiply(Fp4Sums<16>());
+  if (w->mode == Mode::mxfp4 && rows->count == 1) return multiply(Fp4Sums<32>());  // for more a table a group costs less
+  with_decoder(*w, multiply);
 }
 
 void multiply_bfloat16(const void* w, int64_t n, int64_t k, const Rows& rows) {
