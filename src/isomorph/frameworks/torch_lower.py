@@ -105,6 +105,10 @@ class Program:
             return self._rows(*node.arguments, out=out)
         if name.startswith("isomorph."):
             return self._product(node, *others)
+        if function == aten.embedding.default:
+            return self._take(arguments[0], arguments[1], out)
+        if function == aten.index_select.default:
+            return arguments[1] == 0 and self._take(arguments[0], arguments[2], out)
         scalars = [t for t in node.tensors() if t.dtype == torch.float64 and t.numel() == 1]
         if len(floats) + len(scalars) != len(list(node.tensors())):
             return False
@@ -184,6 +188,14 @@ class Program:
             return False
         handle = native.packed_handle(weight, scales, biases, Settings(*settings[:3]))
         self._step().dequantize(handle, indices.data_ptr(), indices.numel(), out.data_ptr(), native.TYPES[out.dtype])
+        return True
+
+    def _take(self, table: torch.Tensor, indices: torch.Tensor, out: torch.Tensor) -> bool:
+        """Rows `indices` of `table`, byte by byte."""
+        if indices.dtype != torch.int64 or not all(part.is_contiguous() for part in (table, indices, out)):
+            return False
+        row_bytes = table[0].numel() * table.element_size()
+        self._step().take(table.data_ptr(), row_bytes, indices.data_ptr(), indices.numel(), out.data_ptr())
         return True
 
     def _product(self, node: Node, *others: Node) -> bool:

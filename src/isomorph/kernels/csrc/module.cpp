@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <cstring>
 #include <memory>
 #include <stdexcept>
 
@@ -218,6 +219,15 @@ void bind_step(nb::module_& m) {
              auto all = std::make_shared<Together>(w, x, x_type, x_stride, count, y, y_type);
              self.add([all, fast](const Slots&) {
                backend().multiply(all->weights.data(), all->rows.data(), int(all->weights.size()), fast);
+             });
+           })
+      .def("take",
+           [](Step& self, uintptr_t table, size_t row_bytes, uintptr_t indices, int64_t count, uintptr_t out) {
+             self.add([=](const Slots&) {
+               const auto* rows = reinterpret_cast<const int64_t*>(indices);
+               for (int64_t i = 0; i < count; ++i)
+                 std::memcpy(reinterpret_cast<char*>(out) + i * row_bytes,
+                             reinterpret_cast<const char*>(table) + rows[i] * row_bytes, row_bytes);
              });
            })
       .def("dequantize",
