@@ -162,15 +162,16 @@ def measure(rounds: int) -> Iterator[dict[str, float]]:
     }
     try:
         for name, worker in workers.items():
-            if worker.stdout.readline() != "ready\n":  # type: ignore[union-attr]
+            if worker.stdout is None or worker.stdout.readline() != "ready\n":
                 sys.exit(f"{name} did not start")
         for _ in range(TRIES * rounds):
             before, start = others(workers.values()), time.perf_counter()
             seconds = {}
             for name, worker in workers.items():
-                worker.stdin.write("\n")  # type: ignore[union-attr]
-                worker.stdin.flush()  # type: ignore[union-attr]
-                seconds[name] = float(worker.stdout.readline())  # type: ignore[union-attr]
+                assert worker.stdin is not None and worker.stdout is not None
+                worker.stdin.write("\n")
+                worker.stdin.flush()
+                seconds[name] = float(worker.stdout.readline())
             if others(workers.values()) - before < DISTURBED * (time.perf_counter() - start):
                 yield seconds
                 rounds -= 1

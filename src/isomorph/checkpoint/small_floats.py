@@ -8,7 +8,7 @@ is also what Transformers makes of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -110,13 +110,15 @@ def _rows(name: str, shape: tuple[int, int], dtype: str, values: np.ndarray, tim
     return Tensor(name, shape, dtype, lambda: np.repeat(values, times, axis=0)[: shape[0]])
 
 
-def _computed(name: str, codes: Tensor, columns: int, dtype: str, block: object) -> Tensor:
+def _computed(
+    name: str, codes: Tensor, columns: int, dtype: str, block: Callable[[int, np.ndarray], np.ndarray]
+) -> Tensor:
     """Floats [N, K] that `block(first row, codes)` makes of some rows."""
 
     def stream() -> Iterator[np.ndarray]:
         value = codes.read()
         rows = max(1, BLOCK_BYTES // (4 * columns))
         for start in range(0, len(value), rows):
-            yield block(start, value[start : start + rows])  # type: ignore[operator]
+            yield block(start, value[start : start + rows])
 
     return Tensor(name, (codes.shape[0], columns), dtype, lambda: np.concatenate(list(stream())), stream)

@@ -77,7 +77,7 @@ __attribute__((noinline)) void exact_block(const Weights& w, const Decoder& deco
     for (int m = 0; m < M; ++m) total[r][m] = _mm512_setzero_ps();
   }
   alignas(64) float scale[R + 1][16], bias[R][16];  // one more: terms may load 16 floats from any of a row's
-  constexpr bool late = scales_sums<Decoder> && M <= 2;   // more sums than that do not fit the registers twice
+  constexpr bool late = scales_sums<Decoder> && M <= 2;  // more sums than that do not fit the registers twice
   const int batch = 16 / Decoder::groups;  // units whose scales are loaded at once
   for (int64_t first = span.begin / Decoder::unit; first < units; first += batch) {
     const int count = int(std::min<int64_t>(batch, units - first));
