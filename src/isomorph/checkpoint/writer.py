@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -24,6 +23,7 @@ from typing import IO, Any
 import numpy as np
 
 from isomorph.checkpoint.ahead import ahead
+from isomorph.checkpoint.checksum import crc32
 from isomorph.checkpoint.container import Container, index_of
 from isomorph.checkpoint.source import INDEX
 from isomorph.checkpoint.target import check_free_space, install, partial_folder, size, sync
@@ -189,9 +189,9 @@ def _write_tensor(file: IO[bytes], tensor: Tensor, advance: Advance) -> int:
             raise TypeError(f"{tensor.name!r} was announced as {tensor.dtype} and came as {block.dtype}")
         data = np.ascontiguousarray(block).reshape(-1).view(np.uint8)
         for start in range(0, len(data), BLOCK_BYTES):
-            piece = data[start : start + BLOCK_BYTES].data
-            file.write(piece)
-            checksum = zlib.crc32(piece, checksum)
+            piece = data[start : start + BLOCK_BYTES]
+            file.write(piece.data)
+            checksum = crc32(piece, checksum)
             written += len(piece)
             advance(len(piece))
     if written != tensor.nbytes:
@@ -203,7 +203,7 @@ def _checksum(file: IO[bytes], offset: int, nbytes: int) -> int:
     file.seek(offset)
     checksum = 0
     while nbytes and (piece := file.read(min(nbytes, BLOCK_BYTES))):
-        checksum = zlib.crc32(piece, checksum)
+        checksum = crc32(np.frombuffer(piece, np.uint8), checksum)
         nbytes -= len(piece)
     return checksum
 

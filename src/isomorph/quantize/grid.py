@@ -152,7 +152,7 @@ def _nvfp4(weights: np.ndarray) -> Packed | None:
     """Weights of the nvfp4 grid without a global scale."""
     groups = np.ascontiguousarray(weights).astype(np.float32, copy=False).reshape(-1, NVFP4.group_size)
     largest = np.abs(groups).max(axis=1)
-    if not np.isfinite(largest).all():
+    if not np.isfinite(largest).all() or _too_many(np.abs(groups), len(E2M1)):
         return None
     codes = np.zeros(groups.shape, np.uint8)
     scales = np.zeros(len(groups), np.uint8)
@@ -179,10 +179,7 @@ def _integers(weights: np.ndarray, grid: Settings) -> Packed | None:
     """Weights that are a scale of their dtype times whole numbers, 16 in a row at most, rounded to that dtype."""
     groups = np.ascontiguousarray(weights).astype(np.float32, copy=False).reshape(-1, grid.group_size)
     largest = np.abs(groups).max(axis=1)
-    if not np.isfinite(largest).all():
-        return None
-    # A group has no more values than there are codes, by which nearly all weights are told apart from a grid.
-    if (np.count_nonzero(np.diff(np.sort(groups, axis=1), axis=1), axis=1) > _LEVELS).any():
+    if not np.isfinite(largest).all() or _too_many(groups, _LEVELS + 1):
         return None
     codes = np.zeros(groups.shape, np.uint8)
     scales, biases = np.ones(len(groups), np.float32), np.zeros(len(groups), np.float32)
@@ -206,6 +203,11 @@ def _integers(weights: np.ndarray, grid: Settings) -> Packed | None:
         return None
     rows = (*weights.shape[:-1], -1)
     return Packed(pack(codes.reshape(weights.shape), grid.bits), scales.reshape(rows), biases.reshape(rows))
+
+
+def _too_many(groups: np.ndarray, codes: int) -> bool:
+    """Whether a group has more values than there are codes: it nearly always has, where weights lie on no grid."""
+    return bool((np.count_nonzero(np.diff(np.sort(groups, axis=1), axis=1), axis=1) >= codes).any())
 
 
 def _moved(values: np.ndarray, ulps: int) -> np.ndarray:

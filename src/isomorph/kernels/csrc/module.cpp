@@ -10,6 +10,7 @@
 #include <memory>
 #include <stdexcept>
 
+#include "checksum.h"
 #include "dispatch.h"
 #include "pool.h"
 #include "quantize.h"
@@ -160,6 +161,18 @@ void decode_weights(uintptr_t codes, uintptr_t scales, uintptr_t biases, int sca
          reinterpret_cast<void*>(weights), Type(type));
 }
 
+// The 16 bytes of checksum.h, or none where the processor cannot.
+nb::bytes fold_crc32_bytes(uintptr_t data, int64_t bytes, uint32_t state) {
+  if (bytes < 64 || bytes % 64 != 0) throw std::invalid_argument("expected a multiple of 64 bytes");
+  uint8_t folded[16];
+  bool done;
+  {
+    nb::gil_scoped_release release;
+    done = fold_crc32(reinterpret_cast<const uint8_t*>(data), bytes, state, folded);
+  }
+  return nb::bytes(folded, done ? sizeof folded : 0);
+}
+
 // GB/s of reading `bytes` at `data` once with all threads: what a memory-bound kernel can reach at best.
 double read_bandwidth(uintptr_t data, int64_t bytes) {
   nb::gil_scoped_release release;
@@ -256,6 +269,7 @@ NB_MODULE(_native, m) {
   m.def("dequantize", &dequantize, nb::call_guard<nb::gil_scoped_release>());
   m.def("encode", &encode_weights);
   m.def("decode", &decode_weights);
+  m.def("fold_crc32", &fold_crc32_bytes);
   m.def("read_bandwidth", &read_bandwidth);
   m.def("backends", [] {
     std::vector<std::string> names;

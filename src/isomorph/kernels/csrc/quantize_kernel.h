@@ -31,6 +31,7 @@ typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 
 constexpr int kTile = 16;  // groups whose codes, one a byte, wait in the cache to be packed
 constexpr int kMaxGroup = 128;
+constexpr int kAhead = 4096;  // bytes from what is read to what is fetched: the processor's own guesses end with a page
 
 template <class V>
 V load_vector(const void* from) {
@@ -61,6 +62,10 @@ template <class V>
 V most(V a, V b) {
   return a > b ? a : b;
 }
+#if defined(__AVX512F__)  // GCC 12 compares and blends
+inline Floats least(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+inline Floats most(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+#endif
 // Compilers split these conversions where the instruction set has one instruction (GCC 12).
 #if defined(__AVX512F__)
 inline Ints widened(Shorts value) { return Ints(_mm512_cvtepu16_epi32(__m256i(value))); }
@@ -266,6 +271,7 @@ Ints ranges(const void* weights, int count, int group, Terms& range, Ints worst)
   for (int g = 0; g < count; ++g) {
     Floats low = load_weights<type>(weights, g * group), high = low;
     for (int i = g * group; i < (g + 1) * group; i += kLanes) {
+      __builtin_prefetch(static_cast<const char*>(weights) + i * size_of(type) + kAhead);
       const Floats value = load_weights<type>(weights, i);
       low = least(value, low), high = most(value, high), worst = most(magnitude_bits(value), worst);
     }
@@ -289,13 +295,34 @@ void affine_terms(Terms& terms) {
   }
 }
 
+// a * b + c, rounded once.
+#if defined(__AVX512F__)
+inline Floats fused(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+#elif defined(__AVX2__)
+inline Floats fused(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+#endif
+
+// value / divisor, correctly rounded from the divisor's reciprocal (Markstein 1990), at a fraction of a division's cost.
+// No step may overflow, and only what is far below 1 may underflow.
+inline Floats quotient(Floats value, Floats divisor, Floats reciprocal) {
+#if defined(__AVX2__)
+  Floats found = value * reciprocal;
+  for (int step = 0; step < 2; ++step) found = fused(fused(-found, divisor, value), reciprocal, found);
+  return found;
+#else
+  return value / divisor;
+#endif
+}
+
 template <Type type, int bits>
 void affine_codes(const void* weights, int count, int group, const Terms& terms, uint8_t* codes) {
   const Floats levels = all((1 << bits) - 1);
   for (int g = 0; g < count; ++g) {
-    const Floats scale = all(terms.scale[g]), bias = all(terms.bias[g]);
+    const Floats scale = all(terms.scale[g]), bias = all(terms.bias[g]), reciprocal = 1 / scale;
+    const bool huge = std::fabs(terms.scale[g]) > 0x1p100f;
     for (int i = g * group; i < (g + 1) * group; i += kLanes) {
-      Floats position = (load_weights<type>(weights, i) - bias) / scale;
+      const Floats offset = load_weights<type>(weights, i) - bias;
+      Floats position = huge ? offset / scale : quotient(offset, scale, reciprocal);
       position = least(most(position, Floats{}), levels);  // the 0 / 0 of a huge constant group is code 0
       const Ints code = as<Ints>(position + 0x1.8p23f);    // its last bits are the nearest even integer
       store_vector(codes + i, narrowed(code));
