@@ -135,6 +135,17 @@ def test_what_is_not_finite_is_found_anywhere(dtype, value, backend):
                     with_codec(codec, arrays.quantize_array, weight, Settings.of(mode=mode))
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_quotients_next_to_a_half(bits, backend):
+    """Where a quotient's last bit decides the code; scales from the smallest to those whose reciprocals are tiny."""
+    random = np.random.default_rng(bits)
+    scales = np.exp2(random.uniform(-20, 110, (2000, 1))).astype(np.float32)
+    weight = random.integers(0, (1 << bits) - 1, (2000, 64)).astype(np.float32) * scales + scales / 2
+    weight = np.nextafter(weight, weight * random.choice([0, 1, 2], weight.shape).astype(np.float32))
+    weight[:, 0], weight[:, 1] = 0, ((1 << bits) - 1) * scales[:, 0]
+    assert_alike(weight, Settings(bits, 64))
+
+
 def test_the_shortcuts_of_compilers_are_caught():
     """The comparison sees a division made a product with the reciprocal, and a product fused with its sum."""
     weight = weights("coarse", "float32", rows=64)
