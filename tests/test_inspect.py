@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 from isomorph import InputError, convert
 from isomorph import inspect as stage
 from isomorph.inspect import Inspection, available_bytes, inspect, summary
+from isomorph.port import stock
 from isomorph.quantize.write import quantize
 from tiny import tiny_config, tiny_tensors, write_checkpoint
 from tiny_gpt_oss import tiny_config as tiny_gpt_oss
@@ -153,6 +154,12 @@ def test_architectures_of_stock_libraries(tmp_path: Path) -> None:
     assert found.memory.kv_cache_bytes == 2 * 2 * 64 * 64 * 2
     tied = inspect(llama(tmp_path, tie_word_embeddings=True))
     assert tied.parameters == 95_040 - 100 * 64
+
+
+def test_model_types_of_transformers_are_read_off_its_files() -> None:
+    auto = pytest.importorskip("transformers.models.auto.configuration_auto")
+    assert all(map(stock.transformers_has, auto.CONFIG_MAPPING_NAMES))
+    assert not any(map(stock.transformers_has, ("nobody", "Llama", "lla", "LlamaConfig", "")))
 
 
 def test_an_architecture_nobody_has(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -19,6 +20,9 @@ def progress(description: str, total: float | None, unit: str = "") -> Iterator[
 
     `unit` is `bytes` for sizes, else a noun in the plural. Where stderr is not a terminal nothing is drawn.
     """
+    if not sys.stderr.isatty():
+        yield _unseen
+        return
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -40,3 +44,7 @@ def progress(description: str, total: float | None, unit: str = "") -> Iterator[
             bar.update(task, advance=amount, description=description)
 
         yield advance
+
+
+def _unseen(amount: float = 1, description: str | None = None) -> None:
+    """Nothing is drawn: not even the library that would is imported."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
@@ -63,10 +64,9 @@ def shared_layout(checkpoint: Checkpoint, to: str) -> str:
 
 def mlx_lm_has(model_type: str) -> bool:
     """Whether the installed mlx-lm has a model of that type; by its files, as importing it takes seconds."""
-    package = find_spec("mlx_lm")
-    if package is None or package.origin is None:
+    folder = _folder("mlx_lm")
+    if folder is None:
         return False
-    folder = Path(package.origin).parent
 
     def there(name: str | None) -> bool:
         return name is not None and name.isidentifier() and (folder / "models" / f"{name}.py").is_file()
@@ -83,10 +83,19 @@ def _renamed_by_mlx_lm(utils: Path) -> dict[str, str]:
 
 
 def transformers_has(model_type: str) -> bool:
-    """Whether the installed Transformers has a model of that type."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    """Whether the installed Transformers has a model of that type; by its files, as importing it takes seconds."""
+    folder = _folder("transformers")
+    if folder is None:
+        return False
+    tables = (folder / "models" / "auto" / f"{name}.py" for name in ("auto_mappings", "configuration_auto"))
+    entry = re.compile(rf'"{re.escape(model_type)}"[,:=]\s*"\w+Config"')
+    return any(entry.search(table.read_text(encoding="utf-8")) for table in tables if table.is_file())
 
-    return model_type in CONFIG_MAPPING_NAMES
+
+def _folder(package: str) -> Path | None:
+    """Where an installed package lies; None when it is not installed."""
+    found = find_spec(package)
+    return None if found is None or found.origin is None else Path(found.origin).parent
 
 
 def skeleton(config: Mapping[str, Any]) -> Any:
