@@ -24,8 +24,8 @@ from isomorph.quantize.packed import Packed
 from isomorph.quantize.settings import Settings
 from isomorph.stage import callable_module
 
-#: Rows of a matrix that show what grid it lies on.
-SAMPLED_ROWS = 8
+#: Rows of a matrix that show what grid it lies on, and how much is read of columns: each weight is a page of the file.
+SAMPLED_ROWS, SAMPLED_DEPTH = 8, 256
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,7 @@ def _sampled_grid(tensor: Tensor) -> Settings | None:
 
     value = tensor.read()
     matrix = value.reshape(-1, *value.shape[-2:])[0]
-    samples = (matrix[:SAMPLED_ROWS], matrix[:, :SAMPLED_ROWS].T)
+    samples = (matrix[:SAMPLED_ROWS], matrix[:SAMPLED_DEPTH, :SAMPLED_ROWS].T)
     found = {grid_of(from_array(tensor.name, np.ascontiguousarray(sample))) for sample in samples}
     return next((grid for grid in GRIDS if grid in found), None)
 
