@@ -89,7 +89,7 @@ class QuantizedStream:
                     f"expected finite weights to quantize; found NaN or infinity in {self.source.name!r}; "
                     "repair the source"
                 ) from None
-            if self.settings.affine and not np.isfinite(packed.scales).all():
+            if self.settings.affine and not np.isfinite(packed.scales.astype(np.float32)).all():
                 raise InputError(
                     f"expected groups whose range {self.source.dtype} can hold; found one in {self.source.name!r} that "
                     "overflows; repair the source or keep this matrix"
