@@ -114,4 +114,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if sys.argv[1:2] == ["train"]:
         memory.keep()
+    if sys.argv[1:2] in (["inspect"], ["convert"], ["quantize"]):
+        # Nothing there multiplies matrices, and numpy's threads for that spin while they wait.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     sys.exit(run(sys.argv[1:]))

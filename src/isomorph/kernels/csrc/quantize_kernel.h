@@ -314,6 +314,18 @@ inline Floats quotient(Floats value, Floats divisor, Floats reciprocal) {
 #endif
 }
 
+// Rounds a tile's scales or biases to `type` and stores them.
+template <Type type>
+void store_terms(float* terms, int count, void* to, int64_t index) {
+  char stored[kTile * sizeof(float)];
+  for (int g = 0; g < kTile; g += kLanes) {
+    const Floats value = rounded<type>(load_vector<Floats>(terms + g));
+    store_vector(terms + g, value);
+    store_weights<type>(stored, g, value);
+  }
+  std::memcpy(static_cast<char*>(to) + index * size_of(type), stored, count * size_of(type));
+}
+
 template <Type type, int bits>
 void affine_codes(const void* weights, int count, int group, const Terms& terms, uint8_t* codes) {
   const Floats levels = all((1 << bits) - 1);
@@ -411,11 +423,8 @@ bool encode_groups(int group, const void* weights, int64_t groups, const PackedG
     if constexpr (mode == Mode::affine) {
       affine_terms<bits>(terms);
       affine_codes<type, bits>(from, count, group, terms, codes);
-      for (int g = 0; g < count; ++g) {
-        store_float(type, out.scales, start + g, terms.scale[g]);
-        store_float(type, out.biases, start + g, terms.bias[g]);
-        terms.scale[g] = rounded(type, terms.scale[g]), terms.bias[g] = rounded(type, terms.bias[g]);
-      }
+      store_terms<type>(terms.scale, count, out.scales, start);
+      store_terms<type>(terms.bias, count, out.biases, start);
     } else {
       microscaled_terms<mode, type>(terms, count, static_cast<uint8_t*>(out.scales) + start);
       microscaled_codes<mode, type>(from, count, group, terms, codes);
