@@ -1,12 +1,13 @@
 """How fast weights are quantized, in memory and as a whole process, side by side with MLX, interleaved.
 
     python benchmarks/quantize.py [--rows 11008] [--columns 4096] [--repetitions 7] [--dtype bfloat16]
-    python benchmarks/quantize.py --process [FOLDER] [--repetitions 3]
+    python benchmarks/quantize.py --process [FOLDER] [--repetitions 3] [--record FILE]
 
 In memory: isomorph's C++, its numpy and `mx.quantize`, in GB of input a second; results are checked to be equal. With
-`--process`: `isomorph quantize` and `mlx_lm.convert -q` of a bfloat16 checkpoint, from start to exit, page cache warm.
-FOLDER must have a tokenizer; without it a random model of 0.94 billion weights is made. The last line is one JSON
-document; ratios are medians of interleaved pairs.
+`--process`: `isomorph quantize` and `mlx_lm.convert -q` of a bfloat16 checkpoint, from start to exit, page cache warm,
+both with their bytecode cached. FOLDER must have a tokenizer; without it a random model of 0.94 billion weights is
+made. Pairs in which others took a tenth of a processor or more are run again; with `--record` the pairs are added to
+FILE, and all in it count. The last line is one JSON document; ratios are medians of interleaved pairs.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +29,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from neighbours import undisturbed
 
 from isomorph.kernels.extension import find_extension
 from isomorph.quantize import arrays, native, portable
@@ -43,13 +46,14 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--process", type=Path, nargs="?", const="", metavar="FOLDER")
+    parser.add_argument("--record", type=Path)
     options = parser.parse_args()
     if options.process is None:
         result = in_memory(options.rows, options.columns, options.dtype, options.repetitions or 7)
     else:
         with tempfile.TemporaryDirectory() as scratch:
             source = options.process if options.process.name else random_checkpoint(Path(scratch) / "source")
-            result = whole_process(source, Path(scratch), options.repetitions or 3)
+            result = whole_process(source, Path(scratch), options.repetitions or 3, options.record)
     backend = find_extension().backend() if native.available() else "none"
     processor = platform.processor() or platform.machine()
     print(json.dumps({"machine": {"cores": core_count(), "processor": processor, "kernels": backend}, **result}))
@@ -94,33 +98,26 @@ def in_memory(rows: int, columns: int, dtype: str, repetitions: int) -> dict[str
     return {"shape": list(weight.shape), "dtype": dtype, "mlx": mx.__version__, "rows": results}
 
 
-def whole_process(source: Path, scratch: Path, repetitions: int) -> dict[str, Any]:
+def whole_process(source: Path, scratch: Path, repetitions: int, record: Path | None) -> dict[str, Any]:
     """Seconds, GB/s of input and peak memory of both commands, 4 bits in groups of 64."""
-    programs = Path(sys.executable).parent
-    target = scratch / "target"
-    own = f"{programs}/isomorph quantize {source} {target} --bits 4 --group-size 64"
-    stock = f"{programs}/mlx_lm.convert --hf-path {source} --mlx-path {target} -q --q-bits 4 --q-group-size 64"
-    commands = {"isomorph": own.split(), "mlx_lm": stock.split()}
     weights = sorted(source.glob("*.safetensors"))
     nbytes = sum(path.stat().st_size for path in weights)
     for path in weights:  # Into the page cache.
         with path.open("rb") as file:
             while file.read(1 << 24):
                 pass
-    seconds: dict[str, list[float]] = {name: [] for name in commands}
-    peaks: dict[str, list[int]] = {name: [] for name in commands}
-    for _ in range(repetitions):
-        for name, command in commands.items():
-            shutil.rmtree(target, ignore_errors=True)
-            os.sync()
-            took, peak = timed(command)
-            seconds[name].append(took)
-            peaks[name].append(peak)
+    pairs = [] if record is None or not record.is_file() else list(map(json.loads, record.read_text().splitlines()))
+    for pair in undisturbed(lambda: one_pair(source, scratch / "target"), repetitions):
+        pairs.append(pair)
+        if record is not None:
+            with record.open("a") as file:
+                file.write(json.dumps(pair) + "\n")
+    seconds = {name: [pair[name][0] for pair in pairs] for name in ("isomorph", "mlx_lm")}
     rows = {
         name: {
             "seconds": times,
             "gigabytes_per_second": nbytes / statistics.median(times) / 1e9,
-            "peak_anonymous_bytes": max(peaks[name]),
+            "peak_anonymous_bytes": max(pair[name][1] for pair in pairs),
         }
         for name, times in seconds.items()
     }
@@ -129,23 +126,47 @@ def whole_process(source: Path, scratch: Path, repetitions: int) -> dict[str, An
         peak = f"{row['peak_anonymous_bytes'] / 1e6:.0f} MB of anonymous memory"
         print(f"{name:10} {row['gigabytes_per_second']:5.2f} GB/s   {spread}   {peak}")
     faster = ratio(seconds["mlx_lm"], seconds["isomorph"])
-    print(f"isomorph is {faster:.1f} times as fast")
+    print(f"isomorph is {faster:.1f} times as fast in the median of {len(pairs)} pairs")
     return {"source_bytes": nbytes, "processes": rows, "ratio": faster}
+
+
+def one_pair(source: Path, target: Path) -> dict[str, tuple[float, int]]:
+    """Seconds and peak memory of each command."""
+    programs = Path(sys.executable).parent
+    own = f"{programs}/isomorph quantize {source} {target} --bits 4 --group-size 64"
+    stock = f"{programs}/mlx_lm.convert --hf-path {source} --mlx-path {target} -q --q-bits 4 --q-group-size 64"
+    pair = {}
+    for name, command in {"isomorph": own, "mlx_lm": stock}.items():
+        shutil.rmtree(target, ignore_errors=True)
+        os.sync()
+        pair[name] = timed(command.split())
+    return pair
 
 
 def timed(command: list[str]) -> tuple[float, int]:
     """Seconds from start to exit, and the most anonymous memory seen, in bytes (0 where there is no /proc)."""
-    start, peak = time.perf_counter(), 0
-    with tempfile.TemporaryFile() as errors, subprocess.Popen(command, stdout=errors, stderr=errors) as process:
-        status = Path(f"/proc/{process.pid}/status")
-        while process.poll() is None:
-            text = status.read_text() if status.exists() else ""
-            peak = max([peak, *(int(line.split()[1]) for line in text.splitlines() if line.startswith("RssAnon"))])
-            time.sleep(0.005)
+    environment, peaks = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}, [0]
+    start = time.perf_counter()
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(command, stdout=errors, stderr=errors, env=environment) as process,
+    ):
+
+        def watch() -> None:
+            status = Path(f"/proc/{process.pid}/status")
+            while process.returncode is None and status.exists():
+                lines = status.read_text().splitlines()
+                peaks.extend(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+                time.sleep(0.02)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        process.wait()
         took = time.perf_counter() - start
+        watcher.join()
         errors.seek(0)
         assert process.returncode == 0, errors.read().decode()
-    return took, peak * 1024
+    return took, max(peaks) * 1024
 
 
 def ratio(slower: list[float], faster: list[float]) -> float:

@@ -6,8 +6,9 @@ Usage: python benchmarks/side_by_side.py QUANTIZED... [--plain BFLOAT16_FOLDER] 
 
 `benchmarks/random_model.py` writes folders and GGUF files to compare. Each round runs every engine once, with as many
 threads as torch has, so that a slow spell of the machine meets all of them; medians over rounds are printed, and the
-read bandwidth measured in the same rounds. With --results rounds are appended to a file and all rounds in it are
-summed up, so that short runs (--rounds 1) accumulate; --rounds 0 only sums up.
+read bandwidth measured in the same rounds. What others disturbed is measured again (on Linux, when they took a tenth of
+a processor). With --results each measurement is appended to a file at once and all in it are summed up, so that short
+runs (--rounds 1, --engines) accumulate; --rounds 0 only sums up.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import json
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from neighbours import undisturbed
 
 import isomorph
 from isomorph.evaluate.throughput import bytes_per_token, commit, measure, read_bandwidth
@@ -102,23 +105,28 @@ def build(options: argparse.Namespace) -> dict[str, tuple[Engine, Any]]:
     return {name: makers[name]() for name in wanted}
 
 
-def play(options: argparse.Namespace) -> list[dict[str, Any]]:
+def play(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row an engine and round."""
-    engines = build(options)
-    rows = []
-    for turn in range(options.rounds + 1):
+    engines = build(options) if options.rounds else {}
+    for name, (run, _) in engines.items():
+        if not name.startswith("llama.cpp"):  # a process of its own has nothing to warm but the page cache
+            run(options.batch, 16, 3)
+    for _ in range(options.rounds):
         bandwidth = read_bandwidth()
         for name, (run, model) in engines.items():
-            # The first round warms up; a process of its own has nothing to warm but the page cache.
-            prompt, tokens = (options.prompt, options.tokens) if turn else (16, 3)
-            prefill, decode = run(options.batch, prompt, tokens)
-            if turn:
-                read = bytes_per_token(model, options.batch, prompt + tokens // 2) if model is not None else None
-                rows.append(
-                    {"engine": name, "batch": options.batch, "prompt": prompt, "prefill": prefill, "decode": decode}
-                    | {"bandwidth": bandwidth, "read": read, "commit": commit()}
-                )
-    return rows
+            measure_once = partial(run, options.batch, options.prompt, options.tokens)
+            prefill, decode = next(undisturbed(measure_once))
+            held = options.prompt + options.tokens // 2
+            yield {
+                "engine": name,
+                "batch": options.batch,
+                "prompt": options.prompt,
+                "prefill": prefill,
+                "decode": decode,
+                "bandwidth": bandwidth,
+                "read": None if model is None else bytes_per_token(model, options.batch, held),
+                "commit": commit(),
+            }
 
 
 def summary(rows: list[dict[str, Any]], base: str = "transformers bfloat16") -> list[str]:
@@ -160,10 +168,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--results", type=Path)
     options = parser.parse_args()
-    rows = play(options) if options.rounds else []
+    rows = []
+    for row in play(options):
+        rows.append(row)
+        if options.results:
+            with options.results.open("a") as file:
+                file.write(json.dumps(row) + "\n")
     if options.results:
-        with options.results.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
         rows = [json.loads(line) for line in options.results.read_text().splitlines()]
     print("\n".join(summary(rows)))
 

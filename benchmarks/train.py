@@ -22,13 +22,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-WARM_UP = 2
+from neighbours import DISTURBED, TRIES, others
 
-#: Of a processor, what others may take in a round; how often a round is tried.
-DISTURBED, TRIES = 0.1, 4
+WARM_UP = 2
 
 #: What makes two rounds comparable.
 SHAPE = ("depth", "vocab_size", "seq_len", "batch", "optimizer", "eager")
@@ -181,16 +180,6 @@ def measure(rounds: int) -> Iterator[dict[str, float]]:
     finally:
         for worker in workers.values():
             worker.kill()
-
-
-def others(workers: Iterable[subprocess.Popen[str]]) -> float:
-    """Processor seconds since the start that neither `workers` took nor nobody, stolen ones included; 0 off Linux."""
-    if not Path("/proc/stat").is_file():
-        return 0.0
-    user, nice, system, _, _, _, _, steal, *_ = map(int, Path("/proc/stat").read_text().split(None, 11)[1:11])
-    stats = [Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split() for worker in workers]
-    own = sum(int(stat[11]) + int(stat[12]) for stat in stats)
-    return (user + nice + system + steal - own) / os.sysconf("SC_CLK_TCK")
 
 
 if __name__ == "__main__":
