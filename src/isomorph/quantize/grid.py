@@ -16,7 +16,7 @@ which bfloat16 holds exactly. The affine format has no negative zero: -0 comes b
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -71,8 +71,19 @@ def grid_of(tensor: Tensor) -> Settings | None:
 
     What lies on none is known after a few rows. Zeros lie on all of them, and on whatever they are rounded to: on none.
     """
-    found = next((grid for grid in GRIDS if grid.fits(tensor.shape[-1]) and _all_on(tensor, grid)), None)
+    found = next((grid for grid in _possible(tensor) if _all_on(tensor, grid)), None)
     return found if found is not None and any(block.any() for block in tensor.blocks()) else None
+
+
+def _possible(tensor: Tensor) -> Sequence[Settings]:
+    """GRIDS but for those that the first weights rule out at once: all that have 16 values a group of 32 or more."""
+    fitting = [grid for grid in GRIDS if grid.fits(tensor.shape[-1])]
+    first = next(tensor.blocks()).reshape(-1)[:SAMPLE]
+    if MXFP4 not in fitting or len(first) < SAMPLE:
+        return fitting
+    groups = first.astype(np.float32).reshape(-1, MXFP4.group_size)
+    few = np.isfinite(groups).all() and not _too_many(groups, _LEVELS + 1)
+    return fitting if few else [grid for grid in fitting if grid in (NVFP4, MXFP8)]
 
 
 def _all_on(tensor: Tensor, grid: Settings) -> bool:
