@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,14 +29,11 @@ def others(children: Iterable[subprocess.Popen[str]] = ()) -> float:
     return (user + nice + system + steal - running) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
 
 
-def undisturbed(measure: Callable[[], T], count: int = 1) -> Iterator[T]:
-    """`count` results of `measure` from calls during which others left the machine alone."""
-    for _ in range(TRIES * count):
+def undisturbed(measure: Callable[[], T]) -> T:
+    """The result of `measure` from a call during which others left the machine alone."""
+    for _ in range(TRIES):
         before, start = others(), time.perf_counter()
         result = measure()
         if others() - before < DISTURBED * (time.perf_counter() - start):
-            yield result
-            count -= 1
-        if not count:
-            return
-    sys.exit("expected a quiet machine; found others at work in most rounds; run it again")
+            return result
+    sys.exit("expected a quiet machine; found others at work in every round; run it again")

@@ -6,7 +6,7 @@
 In memory: isomorph's C++, its numpy and `mx.quantize`, in GB of input a second; results are checked to be equal. With
 `--process`: `isomorph quantize` and `mlx_lm.convert -q` of a bfloat16 checkpoint, from start to exit, page cache warm,
 both with their bytecode cached. FOLDER must have a tokenizer; without it a random model of 0.94 billion weights is
-made. Pairs in which others took a tenth of a processor or more are run again; with `--record` the pairs are added to
+made. A run during which others took a tenth of a processor or more is run again; with `--record` the pairs are added to
 FILE, and all in it count. The last line is one JSON document; ratios are medians of interleaved pairs.
 """
 
@@ -24,6 +24,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +103,10 @@ def whole_process(source: Path, scratch: Path, repetitions: int, record: Path | 
     """Seconds, GB/s of input and peak memory of both commands, 4 bits in groups of 64."""
     weights = sorted(source.glob("*.safetensors"))
     nbytes = sum(path.stat().st_size for path in weights)
-    for path in weights:  # Into the page cache.
-        with path.open("rb") as file:
-            while file.read(1 << 24):
-                pass
+    timed(own_command(source, scratch / "target"))  # Weights into the page cache, modules to bytecode.
     pairs = [] if record is None or not record.is_file() else list(map(json.loads, record.read_text().splitlines()))
-    for pair in undisturbed(lambda: one_pair(source, scratch / "target"), repetitions):
-        pairs.append(pair)
+    for _ in range(repetitions):
+        pairs.append(pair := one_pair(source, scratch / "target"))
         if record is not None:
             with record.open("a") as file:
                 file.write(json.dumps(pair) + "\n")
@@ -132,19 +130,25 @@ def whole_process(source: Path, scratch: Path, repetitions: int, record: Path | 
 
 def one_pair(source: Path, target: Path) -> dict[str, tuple[float, int]]:
     """Seconds and peak memory of each command."""
-    programs = Path(sys.executable).parent
-    own = f"{programs}/isomorph quantize {source} {target} --bits 4 --group-size 64"
-    stock = f"{programs}/mlx_lm.convert --hf-path {source} --mlx-path {target} -q --q-bits 4 --q-group-size 64"
-    pair = {}
-    for name, command in {"isomorph": own, "mlx_lm": stock}.items():
+    stock = f"mlx_lm.convert --hf-path {source} --mlx-path {target} -q --q-bits 4 --q-group-size 64".split()
+
+    def once(command: list[str]) -> tuple[float, int]:
         shutil.rmtree(target, ignore_errors=True)
         os.sync()
-        pair[name] = timed(command.split())
-    return pair
+        return timed(command)
+
+    commands = {"isomorph": own_command(source, target), "mlx_lm": stock}
+    return {name: undisturbed(partial(once, command)) for name, command in commands.items()}
+
+
+def own_command(source: Path, target: Path) -> list[str]:
+    return f"isomorph quantize {source} {target} --bits 4 --group-size 64".split()
 
 
 def timed(command: list[str]) -> tuple[float, int]:
-    """Seconds from start to exit, and the most anonymous memory seen, in bytes (0 where there is no /proc)."""
+    """Seconds from start to exit of a program beside Python's own, and the most anonymous memory seen, in bytes (0
+    where there is no /proc)."""
+    command = [str(Path(sys.executable).parent / command[0]), *command[1:]]
     environment, peaks = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}, [0]
     start = time.perf_counter()
     with (

@@ -114,8 +114,7 @@ def play(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for _ in range(options.rounds):
         bandwidth = read_bandwidth()
         for name, (run, model) in engines.items():
-            measure_once = partial(run, options.batch, options.prompt, options.tokens)
-            prefill, decode = next(undisturbed(measure_once))
+            prefill, decode = undisturbed(partial(run, options.batch, options.prompt, options.tokens))
             held = options.prompt + options.tokens // 2
             yield {
                 "engine": name,

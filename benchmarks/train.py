@@ -74,14 +74,15 @@ def isomorph_step(options: argparse.Namespace) -> Callable[[], None]:
     from isomorph.train import memory
     from isomorph.train.optimizer import adamw
     from isomorph.train.presets import recipe
-    from isomorph.train.trainer import initial_state, make_step
+    from isomorph.train.trainer import initial_state, make_step, native_operations
 
     memory.keep()
     shapes = recipe("gelu_gpt", options.depth, {"vocab_size": options.vocab_size}, {"sequence_length": options.seq_len})
     architecture = architectures.get("gelu_gpt")
     assert architecture is not None
     config = architecture.config_class.from_dict(shapes.config)  # type: ignore[attr-defined]
-    graph, parameters = split(architecture.module("modeling_flax").Model(config, rngs=nnx.Rngs(0)))
+    model = architecture.module("modeling_flax").Model
+    graph, parameters = split(model(config, rngs=nnx.Rngs(0), **native_operations(model)))
     optimizer = adamw(lambda step: 1e-3, 0.9, 0.95, 0.1, 1.0)
     state = initial_state(parameters, optimizer)
     run = make_step(graph, optimizer, 1)
