@@ -2,8 +2,8 @@
 
 Usage: python benchmarks/random_model.py TARGET [--bits 4] [--group-size 64] [--layers 18] [--gguf FILE]
 
---bits 16 writes bfloat16 and, with --gguf, the same for llama.cpp, whose `llama-quantize --pure FILE OUT Q4_0` (Q6_K,
-Q8_0) makes the peers of 4, 6 and 8 bits. llama.cpp's source comes with the sdist of llama-cpp-python:
+--bits 16 writes bfloat16 and, with --gguf, the same for llama.cpp, whose `llama-quantize --pure FILE OUT Q4_0` (Q4_1,
+Q6_K, Q8_0) makes the peers of 4, 6 and 8 bits. llama.cpp's source comes with the sdist of llama-cpp-python:
 
     pip download --no-binary :all: --no-deps llama-cpp-python    and in its vendor/llama.cpp:
     cmake -B build -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF
