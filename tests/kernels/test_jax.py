@@ -170,10 +170,16 @@ DECLARATIONS = {
     "Buffers": ("Args", "count:size types:types items:args"),
     "Attributes": ("Attrs", "count:size types:types names:names items:attrs"),
     "ErrorArguments": ("Error_Create_Args", "struct_size:struct_size message:message code:errc"),
-    "Api": ("Api", "version:api_version create_error:XLA_FFI_Error_Create"),
+    "ScheduleArguments": ("ThreadPool_Schedule_Args", "struct_size:struct_size context:ctx task:task data:data"),
+    "ThreadsArguments": ("ThreadPool_NumThreads_Args", "struct_size:struct_size context:ctx count:num_threads"),
+    "Api": (
+        "Api",
+        "version:api_version create_error:XLA_FFI_Error_Create schedule:XLA_FFI_ThreadPool_Schedule "
+        "threads:XLA_FFI_ThreadPool_NumThreads",
+    ),
     "CallFrame": (
         "CallFrame",
-        "extensions:extension_start api:api stage:stage arguments:args results:rets attributes:attrs",
+        "extensions:extension_start api:api context:ctx stage:stage arguments:args results:rets attributes:attrs",
     ),
 }
 CONSTANTS = {

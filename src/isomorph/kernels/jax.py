@@ -32,6 +32,9 @@ Packed = tuple[jax.Array, jax.Array, jax.Array | None]
 MODES = {"affine": 0, "mxfp4": 1, "mxfp8": 2, "nvfp4": 3}
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
+#: What csrc/xla.cpp exports; those of dense arrays are called by kernels/dense.py.
+HANDLERS = ("multiply_all", "multiply_experts", "dequantize", "multiply_dense", "attend", "attend_backward")
+
 #: Values of the 4-bit floats with 2 exponent bits.
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
@@ -221,18 +224,18 @@ def _streams(x: jax.Array, settings: Settings) -> bool:
     if x.shape[0] < WIDE_ROWS:
         return True
     tiled = settings.mode in ("affine", "mxfp4") and x.dtype == jnp.bfloat16
-    return tiled and _registered() and find_extension().has_wide()
+    return tiled and registered() and find_extension().has_wide()
 
 
 @cache
-def _registered() -> bool:
+def registered() -> bool:
     """Whether the extension's handlers are known to XLA. False without the extension, or for another XLA interface."""
     extension = find_extension()
     if extension is None:
         return False
     library = ctypes.CDLL(extension.__file__)
     try:
-        for name in ("multiply_all", "multiply_experts", "dequantize"):
+        for name in HANDLERS:
             handler = jax.ffi.pycapsule(getattr(library, f"isomorph_xla_{name}"))
             jax.ffi.register_ffi_target(f"isomorph_{name}", handler, platform="cpu")
     except Exception as error:
@@ -245,7 +248,7 @@ def _choose(name, settings, extension, shape, portable, *arrays) -> jax.Array:
     """The extension's handler `name` where the program is compiled for a CPU, otherwise `portable`."""
     portable = partial(portable, settings=settings)
     floats = [array for array in (shape, arrays[0]) if jnp.issubdtype(array.dtype, jnp.floating)]
-    if not extension or any(array.dtype not in FLOATS for array in floats) or not _registered():
+    if not extension or any(array.dtype not in FLOATS for array in floats) or not registered():
         return portable(*arrays)
     call = jax.ffi.ffi_call(f"isomorph_{name}", shape, vmap_method="sequential")
     mode = MODES[settings.mode]

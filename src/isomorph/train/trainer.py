@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from isomorph.errors import InputError
 from isomorph.frameworks.nnx_parameters import merge, partition_specs, split
+from isomorph.kernels import dense
 from isomorph.progress import progress
 from isomorph.train.checkpoints import open_checkpoints
 from isomorph.train.data import Batch, Batches
@@ -92,8 +94,11 @@ def train(
     `evaluate(graph, parameters)` gives numbers for the log. With a `mesh` of axes ("data", "fsdp", "model") the
     batch is split over the first two and the matrices over the last two; each process gives its share of the rows.
     """
-    model: Any = make_model(dtype=jnp.dtype(settings.dtype), rngs=nnx.Rngs(settings.seed))
+    native = native_operations(make_model) if mesh is None and settings.dtype == "float32" else {}
+    model: Any = make_model(dtype=jnp.dtype(settings.dtype), rngs=nnx.Rngs(settings.seed), **native)
     graph, parameters = split(model)
+    # The same in operations of JAX's own, which can be counted.
+    plain, _ = split(nnx.eval_shape(lambda: make_model(dtype=jnp.dtype(settings.dtype), rngs=nnx.Rngs(0))))
     if start is not None:
         parameters = {name: jnp.asarray(start[name], value.dtype) for name, value in parameters.items()}
     schedule = warmup_cosine(
@@ -106,7 +111,7 @@ def train(
     with open_checkpoints(out / "checkpoints", model.config.to_dict()) as checkpoints:
         state = checkpoints.latest(state)
         first = int(state["step"])
-        speed = Speed(first, settings, model_flops_per_token(graph, state["parameters"], settings))
+        speed = Speed(first, settings, model_flops_per_token(plain, state["parameters"], settings))
         with (
             MetricsLog(out / "metrics.jsonl", stage, first) as log,
             progress(stage, settings.steps, "steps") as advance,
@@ -131,6 +136,12 @@ def train(
                 if interrupted():
                     raise KeyboardInterrupt
     return seen(state["parameters"])
+
+
+def native_operations(make_model: Callable[..., nnx.Module]) -> dict[str, Callable[..., jax.Array]]:
+    """The operations in float32 that `make_model` takes and that the C++ extension has for this device."""
+    taken = {"multiply", "attend"} & signature(make_model).parameters.keys()
+    return {name: getattr(dense, name) for name in sorted(taken)} if dense.usable() else {}
 
 
 @contextmanager

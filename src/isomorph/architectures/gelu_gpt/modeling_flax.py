@@ -17,6 +17,7 @@ split the weights; give ids the axes ("data", "fsdp") to split the batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -46,6 +47,11 @@ ACTIVATIONS = {"gelu": nnx.gelu, "relu2": lambda x: jnp.square(nnx.relu(x))}
 COLUMN: dict[str, Any] = {"out_sharding": ("fsdp", "model"), "eager_sharding": False}
 ROW: dict[str, Any] = {"out_sharding": ("model", "fsdp"), "eager_sharding": False}
 WHOLE: dict[str, Any] = {"out_sharding": (None, None), "eager_sharding": False}
+
+#: What computes a product, called as `multiply` below, and attention: (q [B, T, H, K], k and v [B, T, G, K], window)
+#: -> [B, T, H, K].
+Multiply = Callable[..., jax.Array]
+Attend = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
 
 #: Keys and values of one layer, each [B, S, G, K].
 KeyValue = tuple[jax.Array, jax.Array]
@@ -105,36 +111,55 @@ def ring_write(ring: jax.Array, slots: jax.Array, values: jax.Array) -> jax.Arra
     return ring.at[jnp.arange(len(ring))[:, None], slots].set(values, mode="drop")
 
 
-@jax.custom_vjp
-def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [..., in] @ kernel [in, out]. Its backward pass is written out: XLA on a CPU transposes one factor of the
-    kernel's gradient while it computes it, which takes longer than the product unless that is the narrower one."""
-    return x @ kernel
+def multiply(a: jax.Array, b: jax.Array, transpose_a: bool = False, transpose_b: bool = False) -> jax.Array:
+    """a [M, K] @ b [K, N], each transposed first where that is said; float32 where a is, as in a weight's gradient."""
+    if not transpose_a:
+        return a @ (b.T if transpose_b else b)
+    # XLA on a CPU transposes the first factor while it multiplies: longer than the product unless that is narrow.
+    if a.shape[1] <= b.shape[1]:
+        return jnp.einsum("km,kn->mn", a, b, preferred_element_type=jnp.float32)
+    return jnp.einsum("kn,km->nm", b, a, preferred_element_type=jnp.float32).T
 
 
-def matmul_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return x @ kernel, (x, kernel)
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def project(x: jax.Array, kernel: jax.Array, multiply: Multiply) -> jax.Array:
+    """x [..., in] @ kernel [in, out], its backward pass written out, so that `multiply` sees what is transposed."""
+    return multiply(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], -1)
 
 
-def matmul_backward(factors: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+def project_forward(
+    x: jax.Array, kernel: jax.Array, multiply: Multiply
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return project(x, kernel, multiply), (x, kernel)
+
+
+def project_backward(
+    multiply: Multiply, factors: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     x, kernel = factors
-    if kernel.shape[0] <= kernel.shape[1]:
-        d_kernel = jnp.einsum("...i,...o->io", x, gradient)
-    else:
-        d_kernel = jnp.einsum("...o,...i->oi", gradient, x).T
-    return gradient @ kernel.T, d_kernel
+    gradient = gradient.reshape(-1, gradient.shape[-1])
+    d_kernel = multiply(x.reshape(-1, x.shape[-1]), gradient, transpose_a=True)
+    return multiply(gradient, kernel, transpose_b=True).reshape(x.shape), d_kernel.astype(kernel.dtype)
 
 
-matmul.defvjp(matmul_forward, matmul_backward)
+project.defvjp(project_forward, project_backward)
 
 
-def product(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
-    """`matmul` as `nnx.Linear` calls its product: the dimensions are always these."""
-    return matmul(x, kernel)
+@lru_cache
+def dot_general(multiply: Multiply) -> Callable[..., jax.Array]:
+    """`project` as `nnx.Linear` calls its product: the dimensions are always these."""
+    return lambda x, kernel, *_, **__: project(x, kernel, multiply)
 
 
 def linear(
-    inputs: int, outputs: int, split: dict[str, Any], init: Any, dtype: Any, param_dtype: Any, rngs: nnx.Rngs
+    inputs: int,
+    outputs: int,
+    split: dict[str, Any],
+    init: Any,
+    dtype: Any,
+    param_dtype: Any,
+    rngs: nnx.Rngs,
+    multiply: Multiply = multiply,
 ) -> nnx.Linear:
     """A matrix [in, out] without bias, over the mesh axes `split`."""
     return nnx.Linear(
@@ -143,7 +168,7 @@ def linear(
         use_bias=False,
         kernel_init=init,
         kernel_metadata=split,
-        dot_general=product,
+        dot_general=dot_general(multiply),
         dtype=dtype,
         param_dtype=param_dtype,
         rngs=rngs,
@@ -195,7 +220,9 @@ def attend_in_blocks(
     return jnp.concatenate(blocks, axis=-2)
 
 
-def cross_entropy(x: jax.Array, weight: jax.Array, targets: jax.Array, vocab_size: int) -> jax.Array:
+def cross_entropy(
+    x: jax.Array, weight: jax.Array, targets: jax.Array, vocab_size: int, multiply: Multiply = multiply
+) -> jax.Array:
     """-log softmax(capped x @ weight.T)[target] in nats, summed over the targets that are not negative.
 
     x [B, T, D], weight [V or more, D], targets [B, T]. In parts, each with its gradient: [B, T, V] never exists.
@@ -206,26 +233,35 @@ def cross_entropy(x: jax.Array, weight: jax.Array, targets: jax.Array, vocab_siz
     targets = jnp.pad(targets, ((0, 0), (0, missing)), constant_values=-1)
     split = (len(x), parts, -1)
     x, targets = x.reshape(*split, x.shape[-1]).swapaxes(0, 1), targets.reshape(split).swapaxes(0, 1)
-    return _cross_entropy(x, targets, weight, vocab_size)
+    return _cross_entropy(x, targets, weight, vocab_size, multiply)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _cross_entropy(x: jax.Array, targets: jax.Array, weight: jax.Array, vocab_size: int) -> jax.Array:
-    return jax.lax.map(lambda part: _part_of_cross_entropy(part[0], part[1], weight, vocab_size)[0], (x, targets)).sum()
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _cross_entropy(
+    x: jax.Array, targets: jax.Array, weight: jax.Array, vocab_size: int, multiply: Multiply
+) -> jax.Array:
+    def of_part(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return _part_of_cross_entropy(*part, weight, vocab_size, multiply)[0]
+
+    return jax.lax.map(of_part, (x, targets)).sum()
 
 
-def _cross_entropy_forward(x: jax.Array, targets: jax.Array, weight: jax.Array, vocab_size: int) -> tuple[Any, Any]:
+def _cross_entropy_forward(
+    x: jax.Array, targets: jax.Array, weight: jax.Array, vocab_size: int, multiply: Multiply
+) -> tuple[Any, Any]:
     def add(carry: Any, part: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
-        loss, d_logits = _part_of_cross_entropy(part[0], part[1], weight, vocab_size)
-        d_logits = d_logits.astype(weight.dtype)
-        d_weight = jnp.einsum("btd,btv->dv", part[0], d_logits, preferred_element_type=jnp.float32)
-        return (carry[0] + loss, carry[1] + d_weight), d_logits @ weight
+        loss, d_logits = _part_of_cross_entropy(*part, weight, vocab_size, multiply)
+        d_logits = d_logits.astype(weight.dtype).reshape(-1, len(weight))  # [B * T, V]
+        d_weight = multiply(part[0].reshape(-1, part[0].shape[-1]), d_logits, transpose_a=True)  # [D, V]
+        return (carry[0] + loss, carry[1] + d_weight), multiply(d_logits, weight).reshape(part[0].shape)
 
     (loss, d_weight), d_x = jax.lax.scan(add, (jnp.zeros(()), jnp.zeros(weight.T.shape)), (x, targets))
     return loss, (d_x, d_weight.T.astype(weight.dtype))
 
 
-def _cross_entropy_backward(_: int, gradients: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[Any, ...]:
+def _cross_entropy_backward(
+    _: int, __: Multiply, gradients: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[Any, ...]:
     d_x, d_weight = (known * gradient.astype(known.dtype) for known in gradients)
     return d_x, None, d_weight
 
@@ -234,10 +270,11 @@ _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
 def _part_of_cross_entropy(
-    x: jax.Array, targets: jax.Array, weight: jax.Array, vocab_size: int
+    x: jax.Array, targets: jax.Array, weight: jax.Array, vocab_size: int, multiply: Multiply
 ) -> tuple[jax.Array, jax.Array]:
     """The summed loss and its gradient by the logits [B, T, V] before the cap."""
-    capped = jnp.tanh((x @ weight.T).astype(jnp.float32) / SOFT_CAP)  # [B, T, V], in -1..1
+    logits = multiply(x.reshape(-1, x.shape[-1]), weight, transpose_b=True).reshape(*targets.shape, -1)  # [B, T, V]
+    capped = jnp.tanh(logits.astype(jnp.float32) / SOFT_CAP)  # in -1..1
     columns = jnp.arange(len(weight))
     odds = jnp.exp(SOFT_CAP * capped - SOFT_CAP)  # no maximum to subtract: the cap is one
     if vocab_size < len(weight):
@@ -250,17 +287,27 @@ def _part_of_cross_entropy(
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: GeluGPTConfig, layer: int, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        config: GeluGPTConfig,
+        layer: int,
+        dtype: Any,
+        param_dtype: Any,
+        rngs: nnx.Rngs,
+        multiply: Multiply,
+        attend: Attend | None,
+    ) -> None:
+        self.attend = attend
         self.eps = config.rms_norm_eps
         self.head_dim = config.head_dim
         self.kv_heads = config.n_kv_head
         self.window = config.windows[layer]
         bound = (3 / config.n_embd) ** 0.5  # uniform with a spread of n_embd ** -0.5
         width, kv_width = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-        self.c_q = linear(config.n_embd, width, COLUMN, uniform(-bound, bound), dtype, param_dtype, rngs)
-        self.c_k = linear(config.n_embd, kv_width, COLUMN, uniform(-bound, bound), dtype, param_dtype, rngs)
-        self.c_v = linear(config.n_embd, kv_width, COLUMN, uniform(-bound, bound), dtype, param_dtype, rngs)
-        self.c_proj = linear(width, config.n_embd, ROW, nnx.initializers.zeros, dtype, param_dtype, rngs)
+        self.c_q = linear(config.n_embd, width, COLUMN, uniform(-bound, bound), dtype, param_dtype, rngs, multiply)
+        self.c_k = linear(config.n_embd, kv_width, COLUMN, uniform(-bound, bound), dtype, param_dtype, rngs, multiply)
+        self.c_v = linear(config.n_embd, kv_width, COLUMN, uniform(-bound, bound), dtype, param_dtype, rngs, multiply)
+        self.c_proj = linear(width, config.n_embd, ROW, nnx.initializers.zeros, dtype, param_dtype, rngs, multiply)
         if config.has_value_embedding(layer):
             self.ve_gate = linear(
                 VALUE_GATE_CHANNELS, config.n_kv_head, WHOLE, uniform(0.0, 0.02), dtype, param_dtype, rngs
@@ -273,7 +320,7 @@ class Attention(nnx.Module):
         cos: jax.Array,
         sin: jax.Array,
         positions: jax.Array,
-        mask: jax.Array,
+        mask: jax.Array | None,
         lengths: jax.Array,
         cache: KeyValue | None,
     ) -> tuple[jax.Array, KeyValue | None]:
@@ -286,14 +333,17 @@ class Attention(nnx.Module):
             v = v + gate[..., None] * value_embedding.reshape(heads)
         q = rms_norm(apply_rope(q, cos, sin), self.eps) * QK_SCALE
         k = rms_norm(apply_rope(k, cos, sin), self.eps) * QK_SCALE
+        if mask is None and self.attend is not None:
+            return self.c_proj(self.attend(q, k, v, self.window).reshape(*x.shape[:2], -1)), None
         if cache is not None:
+            assert mask is not None
             size = cache[0].shape[1]
             slots = ring_slots(positions, mask, size)
             cache = ring_write(cache[0], slots, k), ring_write(cache[1], slots, v)  # [B, S, G, K]
             k, v = cache
             key_positions = ring_positions(lengths + mask.sum(axis=1), size)  # [B, S]
         else:
-            key_positions = jnp.where(mask, positions, -1)  # [B, T]
+            key_positions = positions if mask is None else jnp.where(mask, positions, -1)  # [B, T]
         if q.dtype == jnp.float16:
             # Sums in float32 of float16 products are not to be had on every backend; wider factors are.
             q, k, v = (states.astype(jnp.float32) for states in (q, k, v))
@@ -305,22 +355,31 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    def __init__(self, config: GeluGPTConfig, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: GeluGPTConfig, dtype: Any, param_dtype: Any, rngs: nnx.Rngs, multiply: Multiply) -> None:
         self.activation = ACTIVATIONS[config.mlp]
         bound = 0.4 * (3 / config.n_embd) ** 0.5
         inner = 4 * config.n_embd
-        self.c_fc = linear(config.n_embd, inner, COLUMN, uniform(-bound, bound), dtype, param_dtype, rngs)
-        self.c_proj = linear(inner, config.n_embd, ROW, nnx.initializers.zeros, dtype, param_dtype, rngs)
+        self.c_fc = linear(config.n_embd, inner, COLUMN, uniform(-bound, bound), dtype, param_dtype, rngs, multiply)
+        self.c_proj = linear(inner, config.n_embd, ROW, nnx.initializers.zeros, dtype, param_dtype, rngs, multiply)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.c_proj(self.activation(self.c_fc(x)))  # [B, T, F] -> [B, T, D]
 
 
 class Block(nnx.Module):
-    def __init__(self, config: GeluGPTConfig, layer: int, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        config: GeluGPTConfig,
+        layer: int,
+        dtype: Any,
+        param_dtype: Any,
+        rngs: nnx.Rngs,
+        multiply: Multiply,
+        attend: Attend | None,
+    ) -> None:
         self.eps = config.rms_norm_eps
-        self.attn = Attention(config, layer, dtype, param_dtype, rngs)
-        self.mlp = MLP(config, dtype, param_dtype, rngs)
+        self.attn = Attention(config, layer, dtype, param_dtype, rngs, multiply, attend)
+        self.mlp = MLP(config, dtype, param_dtype, rngs, multiply)
 
     def __call__(
         self,
@@ -329,7 +388,7 @@ class Block(nnx.Module):
         cos: jax.Array,
         sin: jax.Array,
         positions: jax.Array,
-        mask: jax.Array,
+        mask: jax.Array | None,
         lengths: jax.Array,
         cache: KeyValue | None,
     ) -> tuple[jax.Array, KeyValue | None]:
@@ -340,7 +399,10 @@ class Block(nnx.Module):
 
 
 class GeluGPTModel(nnx.Module):
-    """The trunk. `dtype` computes, `param_dtype` stores; with `remat` the backward pass keeps block inputs only."""
+    """The trunk. `dtype` computes, `param_dtype` stores; with `remat` the backward pass keeps block inputs only.
+
+    `multiply` computes the products of whole rows; `attend`, where given, attention when no row is padded or cached.
+    """
 
     def __init__(
         self,
@@ -349,11 +411,14 @@ class GeluGPTModel(nnx.Module):
         dtype: Any = jnp.float32,
         param_dtype: Any = jnp.float32,
         remat: bool = False,
+        multiply: Multiply = multiply,
+        attend: Attend | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         self.config = config
         self.dtype = dtype
         self.remat = remat
+        self.multiply = multiply
         layers, bound = config.n_layer, (3 / config.n_embd) ** 0.5
         depth = jnp.arange(layers, dtype=jnp.float32) / max(layers - 1, 1)
 
@@ -371,7 +436,9 @@ class GeluGPTModel(nnx.Module):
         # Normed as input, so its scale is free: as a tied head it starts from odds of about one (nanochat's own: 0.8).
         spread = config.n_embd**-0.5 if config.tie_embeddings else 0.8
         self.wte = embedding(config.n_embd, nnx.initializers.normal(spread))
-        self.blocks = nnx.List([Block(config, layer, dtype, param_dtype, rngs) for layer in range(layers)])
+        self.blocks = nnx.List(
+            [Block(config, layer, dtype, param_dtype, rngs, multiply, attend) for layer in range(layers)]
+        )
         self.value_embeds = nnx.Dict(
             {
                 str(layer): embedding(config.n_kv_head * config.head_dim, uniform(-bound, bound))
@@ -399,6 +466,7 @@ class GeluGPTModel(nnx.Module):
         """
         config = self.config
         lengths = jnp.zeros(1, jnp.int32) if lengths is None else lengths
+        whole = mask is None and cache is None
         mask = jnp.ones((1, ids.shape[1]), bool) if mask is None else mask
         positions = lengths[:, None] + jnp.cumsum(mask, axis=1) - 1  # [B, T]
         tables = rope_tables(config.max_position_embeddings, config.head_dim, config.rope_base, config.rope_table_dtype)
@@ -417,7 +485,7 @@ class GeluGPTModel(nnx.Module):
             states = states or [x]  # block 0 reads the mixture
             value_embedding = self.value_embeds[str(layer)](ids) if config.has_value_embedding(layer) else None
             held = None if cache is None else cache.layers[layer]
-            x, held = run(block, x, value_embedding, cos, sin, positions, mask, lengths, held)
+            x, held = run(block, x, value_embedding, cos, sin, positions, None if whole else mask, lengths, held)
             layers.append(held)
             if layer == config.n_layer // 2:
                 backout = x
@@ -458,12 +526,18 @@ class GeluGPTForCausalLM(GeluGPTModel):
         dtype: Any = jnp.float32,
         param_dtype: Any = jnp.float32,
         remat: bool = False,
+        multiply: Multiply = multiply,
+        attend: Attend | None = None,
         rngs: nnx.Rngs,
     ) -> None:
-        super().__init__(config, dtype=dtype, param_dtype=param_dtype, remat=remat, rngs=rngs)
+        super().__init__(
+            config, dtype=dtype, param_dtype=param_dtype, remat=remat, multiply=multiply, attend=attend, rngs=rngs
+        )
         if not config.tie_embeddings:
             init = nnx.initializers.normal(0.001)
-            self.lm_head = linear(config.n_embd, config.padded_vocab_size, COLUMN, init, dtype, param_dtype, rngs)
+            self.lm_head = linear(
+                config.n_embd, config.padded_vocab_size, COLUMN, init, dtype, param_dtype, rngs, multiply
+            )
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """ids [B, T] -> logits, float32 [B, T, V], of a full causal pass."""
@@ -483,7 +557,7 @@ class GeluGPTForCausalLM(GeluGPTModel):
         """Cross-entropy, in nats, summed over the targets [B, T] that are not negative; logits are never held whole."""
         x, _, _ = self.trunk(ids)
         weight = self.wte.embedding[...] if self.config.tie_embeddings else self.lm_head.kernel[...].T  # [V, D]
-        return cross_entropy(x, weight.astype(x.dtype), targets, self.config.vocab_size)
+        return cross_entropy(x, weight.astype(x.dtype), targets, self.config.vocab_size, self.multiply)
 
     def init_cache(self, batch: int, slots: int, fed: int) -> Cache:
         """Empty rings for up to `slots` tokens a row, of which at most `fed` are fed at once or forgotten again."""

@@ -1,5 +1,5 @@
 // Random products against double precision, packings and steps, for sanitizers and for machines without Python:
-// fuzz [seconds] [seed] [wrong | overrun] [products | step | codec].
+// fuzz [seconds] [seed] [wrong | overrun] [products | step | dense | codec].
 //
 // Every operand lies at a random alignment and ends where its allocation ends, so that AddressSanitizer sees a read of one
 // byte too many. Exits with 1 at the first product that is off by more than 1e-6 * sum|x * w| (exact). The last argument
@@ -147,6 +147,7 @@ bool one(std::mt19937& random, const Backend& backend, const std::string& fault)
 
 constexpr std::pair<const char*, bool (*)(std::mt19937&, const std::string&)> kOthers[] = {
     {"step", step_is_right},
+    {"dense", dense_is_right},
 #ifndef ISOMORPH_SAMPLE
     {"codec", codec_is_right},
 #endif

@@ -38,3 +38,4 @@ inline std::vector<std::string> plain_first() {
 // Each is false, and has said why, when something is wrong.
 bool codec_is_right(std::mt19937& random, const std::string& fault);
 bool step_is_right(std::mt19937& random, const std::string& fault);
+bool dense_is_right(std::mt19937& random, const std::string& fault);

@@ -2,11 +2,20 @@
 //
 // Arguments: x [M, K], weight [E,] N, words, scales, biases (affine only), experts [R] int32 (multiply_experts only).
 // Attributes: bits, group_size, mode as int64.
+//
+// multiply_dense: a [..., M, K] and b [..., K, N] of float32, each with its last two axes exchanged where the attribute
+// transpose_a or transpose_b is 1. attend and attend_backward: as in dense.h, with the attribute window.
+#include <atomic>
+#include <cmath>
+#include <functional>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <thread>
 #include <vector>
 
+#include "dense.h"
 #include "dispatch.h"
 #include "xla_ffi.h"
 
@@ -99,6 +108,76 @@ void dequantize(const xla::CallFrame& frame) {
   backend().dequantize(w, nullptr, w.rows, y.data, type_of(y));
 }
 
+// The threads that XLA computes with: others would wait for a core while these look for work.
+Threads threads(const xla::CallFrame& frame) {
+  int64_t count = 1;
+  xla::ThreadsArguments arguments{sizeof(xla::ThreadsArguments), nullptr, frame.context, &count};
+  if (frame.api->threads(&arguments)) count = 1;
+  struct Job {
+    const std::function<void(int64_t)>* body;
+    int64_t size;
+    std::atomic<int64_t> next{0}, done{0};
+
+    void work() {
+      for (int64_t i; (i = next.fetch_add(1)) < size; done.fetch_add(1)) (*body)(i);
+    }
+  };
+  return {count, [&frame, count](int64_t size, const std::function<void(int64_t)>& body) {
+    auto job = std::make_shared<Job>();
+    job->body = &body, job->size = size;
+    const auto task = [](void* data) {  // late ones find nothing to do
+      const std::unique_ptr<std::shared_ptr<Job>> mine(static_cast<std::shared_ptr<Job>*>(data));
+      (*mine)->work();
+    };
+    for (int64_t i = 1; i < std::min(count, size); ++i) {
+      xla::ScheduleArguments arguments{sizeof(xla::ScheduleArguments), nullptr, frame.context, task, new std::shared_ptr<Job>(job)};
+      frame.api->schedule(&arguments);
+    }
+    job->work();
+    while (job->done.load() < size) std::this_thread::yield();
+  }};
+}
+
+float* floats(const xla::Buffer& array) { return static_cast<float*>(array.data); }
+
+DenseMatrix matrix(const xla::Buffer& array, bool transposed) {
+  const int64_t rows = array.dims[array.rank - 2], columns = array.dims[array.rank - 1];
+  const float* data = floats(array);
+  return transposed ? DenseMatrix{data, rows * columns, 1, columns} : DenseMatrix{data, rows * columns, columns, 1};
+}
+
+void multiply_dense(const xla::CallFrame& frame) {
+  const xla::Buffer &a = buffer(frame.arguments, 0), &b = buffer(frame.arguments, 1), &c = buffer(frame.results, 0);
+  const bool transpose_a = attribute(frame, "transpose_a"), transpose_b = attribute(frame, "transpose_b");
+  int64_t products = 1;
+  for (int64_t d = 0; d < c.rank - 2; ++d) products *= c.dims[d];
+  dense_loops().multiply({products, c.dims[c.rank - 2], c.dims[c.rank - 1], a.dims[a.rank - (transpose_a ? 2 : 1)],
+                            matrix(a, transpose_a), matrix(b, transpose_b), floats(c)}, threads(frame));
+}
+
+DenseAttention attention(const xla::CallFrame& frame) {
+  const xla::Buffer &q = buffer(frame.arguments, 0), &k = buffer(frame.arguments, 1), &v = buffer(frame.arguments, 2);
+  DenseAttention of{};
+  of.batch = q.dims[0], of.tokens = q.dims[1], of.heads = q.dims[2], of.kv_heads = k.dims[2], of.size = q.dims[3];
+  of.window = attribute(frame, "window"), of.scale = 1 / std::sqrt(float(of.size));
+  of.q = floats(q), of.k = floats(k), of.v = floats(v);
+  return of;
+}
+
+void attend(const xla::CallFrame& frame) {
+  DenseAttention of = attention(frame);
+  of.out = floats(buffer(frame.results, 0)), of.inverse_totals = floats(buffer(frame.results, 1));
+  dense_loops().attend(of, threads(frame));
+}
+
+void attend_backward(const xla::CallFrame& frame) {
+  DenseAttention of = attention(frame);
+  of.out = floats(buffer(frame.arguments, 3)), of.inverse_totals = floats(buffer(frame.arguments, 4));
+  of.d_out = floats(buffer(frame.arguments, 5));
+  of.d_q = floats(buffer(frame.results, 0)), of.d_k = floats(buffer(frame.results, 1)), of.d_v = floats(buffer(frame.results, 2));
+  dense_loops().attend_backward(of, threads(frame));
+}
+
 xla::Error* handle(xla::CallFrame* frame, void (*call)(const xla::CallFrame&)) {
   if (frame->extensions && frame->extensions->type == xla::kMetadataExtension) {  // asked for when registered
     xla::Metadata& metadata = *reinterpret_cast<xla::MetadataExtension*>(frame->extensions)->metadata;
@@ -125,3 +204,6 @@ xla::Error* handle(xla::CallFrame* frame, void (*call)(const xla::CallFrame&)) {
 ISOMORPH_XLA_HANDLER(multiply_all)
 ISOMORPH_XLA_HANDLER(multiply_experts)
 ISOMORPH_XLA_HANDLER(dequantize)
+ISOMORPH_XLA_HANDLER(multiply_dense)
+ISOMORPH_XLA_HANDLER(attend)
+ISOMORPH_XLA_HANDLER(attend_backward)

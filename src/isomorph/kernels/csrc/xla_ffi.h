@@ -84,12 +84,30 @@ struct ErrorArguments {
 };
 constexpr int kInvalidArgument = 3;
 
+struct ScheduleArguments {
+  size_t struct_size;
+  Extension* extensions;
+  void* context;
+  void (*task)(void*);
+  void* data;
+};
+
+struct ThreadsArguments {
+  size_t struct_size;
+  Extension* extensions;
+  void* context;
+  int64_t* count;
+};
+
 struct Api {
   size_t struct_size;
   Extension* extensions;
   ApiVersion version;
   const void* internal;
   Error* (*create_error)(ErrorArguments*);
+  void* between[10];  // what our handlers do not use
+  Error* (*schedule)(ScheduleArguments*);
+  Error* (*threads)(ThreadsArguments*);
 };
 
 struct CallFrame {
