@@ -10,7 +10,7 @@ import torch
 
 from isomorph.kernels import native, ops, reference  # noqa: F401  (ops defines the operators)
 from isomorph.quantize.settings import MODES, Settings
-from kernels.packed import TORCH, activations, make, relative_error
+from kernels.packed import TORCH, Case, activations, make, pack, relative_error
 
 #: |y - y_fp64| <= BOUND * sum|x * w|. Terms are at most 3 |x * w| (codes are centred at the group's zero point, or the
 #: weight is dequantized first), so this allows five float32 roundings of the worst case; observed: 3e-7.
@@ -59,6 +59,60 @@ def test_exact_products_are_exact(backend, settings):
             broken = case.values.copy()
             broken[-1, -1] += 1e-3 * np.abs(broken[-1]).sum() + 1e-6
             assert relative_error(y, x, broken) > BOUND
+
+
+FOUR_BITS = [Settings(4, 32), Settings(4, 64), Settings(4, 128), Settings.of(mode="mxfp4")]
+
+
+def one_row(case, x):
+    """x [1, K] times the weights in float32, so that no rounding of the result hides the kernel's."""
+    handle, y = native.packed_handle(*case.packed, case.settings), torch.full((1, len(case.values)), torch.nan)
+    kinds = native.TYPES[x.dtype], native.TYPES[y.dtype]
+    native.extension().multiply(handle, x.data_ptr(), kinds[0], x.shape[1], 1, y.data_ptr(), kinds[1], False)
+    return y
+
+
+@needs_extension
+@pytest.mark.parametrize("settings", FOUR_BITS, ids=str)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_one_row_is_exact_whatever_its_range(backend, settings, dtype):
+    rng = np.random.default_rng(settings.group_size)
+    for groups in (1, 2, 5, 16, 21, 70):
+        x = rng.standard_normal((1, groups * settings.group_size))
+        kinds = {
+            "normal": x,
+            "products": x * rng.standard_normal(x.shape) / (1 + np.exp(-x)),
+            "wide": x * np.exp(2.5 * rng.standard_normal(x.shape)),
+            "sparse": x * (rng.random(x.shape) < 0.1),
+            "positive": np.abs(x),
+            "small": 1e-5 * x,
+            "zero": 0 * x,
+        }
+        for name, values in kinds.items():
+            given = torch.from_numpy(values).to(TORCH[dtype])
+            for kind in ("normal", "outlier", "onesided", "arbitrary"):
+                case = make(groups, (37, x.shape[1]), settings, dtype, kind)
+                assert relative_error(one_row(case, given), given, case.values) <= BOUND, (name, kind, groups)
+
+
+@needs_extension
+@pytest.mark.parametrize("settings", FOUR_BITS, ids=str)
+@pytest.mark.parametrize("hidden", [1, 5])
+def test_activations_beside_a_huge_one_count(backend, settings, hidden):
+    """The huge one meets a weight of 0. One group is what is multiplied apart, five are more than that."""
+    size, shape = settings.group_size, (37, 7 * settings.group_size)
+    codes = np.random.default_rng(0).integers(0, 16, shape)
+    codes[:, ::size] = 8 if settings.affine else 0
+    groups = torch.ones(37, 7)
+    parts = (groups / 16, -groups / 2) if settings.affine else (torch.full((37, 7), 127, dtype=torch.uint8), None)
+    values = (codes - 8) / 16 if settings.affine else np.array(reference.E2M1)[codes]
+    case = Case(pack(codes, 4), *parts, settings, values.astype(np.float64))
+    x = activations(0, 1, shape[1], "bfloat16")
+    x[0, : hidden * size : size] = 2.0**40
+    y = one_row(case, x)
+    assert relative_error(y, x, case.values) <= BOUND
+    x[0, 1:size] = 0
+    assert relative_error(y, x, case.values) > BOUND  # what was beside it is in the result
 
 
 @needs_extension

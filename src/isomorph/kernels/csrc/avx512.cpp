@@ -13,6 +13,8 @@ template <bool bfloat16_tiles>
 void multiply(const Weights* w, const Rows* rows, int count, bool fast) {
   const bool codes_fit = w->mode == Mode::affine || w->mode == Mode::mxfp4;
   const bool coded = fast && codes_fit;
+  const bool one = rows->count == 1 && codes_fit && w->bits == 4 && rows->x_type != Type::float32;
+  if (one && !fast && avx512::one_exact(w, rows, count)) return;
   if (rows->count <= kFew && !coded) return avx512::few_exact(w, rows, count);
   if (rows->count <= kFew && share_x(rows, count)) return avx512::few_fast(w, rows, count);
   const bool bfloat16 = bfloat16_tiles && codes_fit && rows->x_type == Type::bfloat16;

@@ -12,6 +12,8 @@ namespace avx512 {
 
 // A few rows: weights are streamed once and decoded in registers, those of `count` matrices in one go.
 void few_exact(const Weights* w, const Rows* rows, int count);
+// One row of 16-bit activations and weights of four bits; false, with nothing done, where few_exact has to do it.
+bool one_exact(const Weights* w, const Rows* rows, int count);
 void few_fast(const Weights* w, const Rows* rows, int count);  // rows share x
 void multiply_bfloat16(const void* w, int64_t n, int64_t k, const Rows& rows);
 // Many rows: weights are decoded into panels once for all.
