@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +26,8 @@ def factors(m: int, n: int, k: int, transpose_a: bool, transpose_b: bool) -> lis
     return [random.standard_normal(shape).astype(np.float32) for shape in shapes]
 
 
-def product(a: np.ndarray, b: np.ndarray, transpose_a: bool, transpose_b: bool) -> np.ndarray:
+def product(factors: Sequence[Any], transpose_a: bool, transpose_b: bool) -> Any:
+    a, b = factors
     return (a.swapaxes(1, 2) if transpose_a else a) @ (b.swapaxes(1, 2) if transpose_b else b)
 
 
@@ -34,14 +38,14 @@ def test_product_is_that_of_float64(shape: tuple[int, int, int], transpose_a: bo
     a, b = factors(*shape, transpose_a, transpose_b)
     found = np.asarray(jax.jit(dense.multiply, static_argnums=(2, 3))(a, b, transpose_a, transpose_b))
     wide = [x.astype(np.float64) for x in (a, b)]
-    expected = product(*wide, transpose_a, transpose_b)
+    expected = product(wide, transpose_a, transpose_b)
     # A sum of K terms, each multiplied and added with one rounding, in parts that are added with one more.
-    limit = (shape[2] + 2) * U * product(*map(np.abs, wide), transpose_a, transpose_b)
+    limit = (shape[2] + 2) * U * product([np.abs(x) for x in wide], transpose_a, transpose_b)
     assert found.shape == expected.shape and found.dtype == np.float32
     assert (np.abs(found - expected) <= limit).all()
     if expected.size and shape[2] > 1:  # a term that is left out is seen
         (wide[0].swapaxes(1, 2) if transpose_a else wide[0])[:, :, -1] = 0
-        assert not (np.abs(found - product(*wide, transpose_a, transpose_b)) <= limit).all()
+        assert not (np.abs(found - product(wide, transpose_a, transpose_b)) <= limit).all()
 
 
 @pytest.mark.parametrize("transpose_b", [False, True])
@@ -50,7 +54,7 @@ def test_gradients_of_the_product(transpose_a: bool, transpose_b: bool) -> None:
     a, b = factors(33, 20, 65, transpose_a, transpose_b)
     weight = np.random.default_rng(0).standard_normal((2, 33, 20)).astype(np.float32)
     ours = jax.grad(lambda a, b: jnp.sum(dense.multiply(a, b, transpose_a, transpose_b) * weight), argnums=(0, 1))
-    theirs = jax.grad(lambda a, b: jnp.sum(product(a, b, transpose_a, transpose_b) * weight), argnums=(0, 1))
+    theirs = jax.grad(lambda a, b: jnp.sum(product((a, b), transpose_a, transpose_b) * weight), argnums=(0, 1))
     for found, expected in zip(ours(a, b), theirs(a, b), strict=True):
         np.testing.assert_allclose(found, expected, rtol=0, atol=2 * 67 * U * np.abs(expected).max() * 10)
 
@@ -64,9 +68,10 @@ def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> 
     return jnp.einsum("bhts,bshk->bthk", odds, v)
 
 
-def with_gradients(attend, q, k, v, weight, window):
-    out, backward = jax.vjp(lambda *arrays: attend(*arrays, window), q, k, v)
-    return out, *backward(weight)
+def with_gradients(attend: Callable[..., jax.Array], arrays: Sequence[Any], window: int) -> tuple[jax.Array, ...]:
+    """The attention of q, k and v, and their gradients for the result's: the four of `arrays`."""
+    out, backward = jax.vjp(lambda q, k, v: attend(q, k, v, window), *arrays[:3])
+    return out, *backward(arrays[3])
 
 
 ATTENTION = [  # batch, tokens, heads, kv_heads, size, window
@@ -83,13 +88,14 @@ def test_attention_is_that_of_float64(case: tuple[int, ...]) -> None:
     random = np.random.default_rng(1)
     shapes = [(batch, tokens, number, size) for number in (heads, kv_heads, kv_heads, heads)]
     arrays = [random.standard_normal(shape).astype(np.float32) for shape in shapes]
-    found = jax.jit(lambda *arrays: with_gradients(dense.attend, *arrays, window))(*arrays)
-    noisy = with_gradients(softmax_attention, *arrays, window)
+    found = jax.jit(lambda *arrays: with_gradients(dense.attend, arrays, window))(*arrays)
+    noisy = with_gradients(softmax_attention, arrays, window)
+    wide = [x.astype(np.float64) for x in arrays]
     with jax.enable_x64(True):
-        expected = with_gradients(softmax_attention, *(x.astype(np.float64) for x in arrays), window)
-        other = with_gradients(softmax_attention, *(x.astype(np.float64) for x in arrays), max(window - 1, 0))
-    for ours, jax_own, exact, wrong in zip(found, noisy, expected, other, strict=True):
-        exact = np.asarray(exact)
+        expected = with_gradients(softmax_attention, wide, window)
+        other = with_gradients(softmax_attention, wide, max(window - 1, 0))
+    for ours, jax_own, right, wrong in zip(found, noisy, expected, other, strict=True):
+        exact = np.asarray(right)
         # Within a few times the error of float32 in jax's own operations, and of the order of roundings at least.
         limit = 4 * np.abs(jax_own - exact).max() + 8 * U * max(1, np.abs(exact).max())
         assert np.abs(ours - exact).max() <= limit

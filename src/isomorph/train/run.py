@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from hashlib import sha256
-from inspect import signature
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from isomorph.train.export import export
 from isomorph.train.metrics import held_out_evaluation, last_losses
 from isomorph.train.settings import Settings
 from isomorph.train.stream import VOCABULARY_DOCUMENTS, Source, streamed
-from isomorph.train.trainer import train
+from isomorph.train.trainer import taken_parameters, train
 from isomorph.train.vocabulary import (
     END_OF_TEXT,
     check_vocabulary,
@@ -211,7 +210,7 @@ def model_maker(architecture: Architecture, config: Any, stages: Sequence[Settin
     model = architecture.module("modeling_flax").Model
     if not stages[0].remat:
         return partial(model, config)
-    if "remat" not in signature(model).parameters:
+    if "remat" not in taken_parameters(model):
         raise InputError(f"expected no remat for {architecture.model_type}, whose Flax model has none; leave it out")
     return partial(model, config, remat=True)
 

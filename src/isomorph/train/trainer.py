@@ -140,8 +140,13 @@ def train(
 
 def native_operations(make_model: Callable[..., nnx.Module]) -> dict[str, Callable[..., jax.Array]]:
     """The operations in float32 that `make_model` takes and that the C++ extension has for this device."""
-    taken = {"multiply", "attend"} & signature(make_model).parameters.keys()
+    taken = {"multiply", "attend"} & taken_parameters(make_model)
     return {name: getattr(dense, name) for name in sorted(taken)} if dense.usable() else {}
+
+
+def taken_parameters(make_model: Callable[..., nnx.Module]) -> set[str]:
+    """What a model's class, or a `partial` of it, can be called with: what flax makes of a class takes anything."""
+    return set(signature(getattr(make_model, "func", make_model).__init__).parameters)
 
 
 @contextmanager
