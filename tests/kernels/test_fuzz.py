@@ -49,7 +49,7 @@ def test_a_sample_is_clean(sample):
     assert_clean(run(sample, 4, os.getpid()))
 
 
-@pytest.mark.parametrize("part", ["products", "step"])
+@pytest.mark.parametrize("part", ["products", "step", "dense"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_found(sample, fault, part):
     done = run(sample, 20, 1, fault, part)
@@ -62,7 +62,7 @@ def sanitized() -> Path:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("part", ["products", "step", "codec"])
+@pytest.mark.parametrize("part", ["products", "step", "dense", "codec"])
 @pytest.mark.parametrize("seed", range(2))
 def test_everything_is_clean(sanitized, seed, part):
     assert_clean(run(sanitized, 40, seed, "none", part))

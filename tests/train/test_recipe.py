@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,9 @@ import pytest
 import isomorph
 from isomorph import architectures
 from isomorph.cli import run as command
+from isomorph.errors import InputError
 from isomorph.train.presets import recipe
+from isomorph.train.run import model_maker
 from isomorph.train.vocabulary import fast_vocabulary
 
 #: A minute of compiling on two cores.
@@ -38,6 +41,19 @@ def test_depth_12_is_the_published_model() -> None:
     assert preset.text.learning_rate == 0.01
     tokens = preset.text.steps * preset.text.batch_size * preset.text.sequence_length
     assert 0 <= tokens - 20 * 261_096_338 < preset.text.batch_size * preset.text.sequence_length
+
+
+def test_remat_is_for_models_that_have_it() -> None:
+    settings = replace(recipe("gelu_gpt", 12, {}, {}).text, remat=True)
+    for name in ("gelu_gpt", "talkie"):
+        architecture = architectures.get(name)
+        assert architecture is not None
+        config = architecture.config_class.from_dict({})  # type: ignore[attr-defined]
+        if name == "gelu_gpt":
+            assert model_maker(architecture, config, [settings]).keywords == {"remat": True}  # type: ignore[attr-defined]
+            continue
+        with pytest.raises(InputError, match="no remat for talkie"):
+            model_maker(architecture, config, [settings])
 
 
 @pytest.mark.parametrize("depth", [1, 3, 20])
