@@ -304,7 +304,7 @@ inline Floats fused(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b,
 
 // value / divisor, correctly rounded from the divisor's reciprocal (Markstein 1990), at a fraction of a division's cost.
 // No step may overflow, and only what is far below 1 may underflow.
-inline Floats quotient(Floats value, Floats divisor, Floats reciprocal) {
+inline Floats quotient(Floats value, Floats divisor, [[maybe_unused]] Floats reciprocal) {
 #if defined(__AVX2__)
   Floats found = value * reciprocal;
   for (int step = 0; step < 2; ++step) found = fused(fused(-found, divisor, value), reciprocal, found);
