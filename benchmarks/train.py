@@ -37,6 +37,7 @@ def nanochat_step(options: argparse.Namespace) -> Callable[[], None]:
     """One step of nanochat's model; its head is a matrix of its own, ours is tied: a product of the same size."""
     if options.eager:
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # others wait for work, and take time
     sys.path.insert(0, options.nanochat)
     import torch
     from nanochat.gpt import GPT, GPTConfig
