@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from isomorph import InputError, convert
+from isomorph import InputError, convert, quantize
 from isomorph.checkpoint import open_checkpoint
 from isomorph.checkpoint import writer as writing
 from tiny import tiny_config, write_checkpoint
@@ -77,14 +79,17 @@ def test_a_dry_run_tells_the_same_and_writes_nothing(tmp_path: Path, source: Pat
         (tmp_path / "t").rmdir()
 
 
-def test_a_dry_run_needs_no_weights(tmp_path: Path) -> None:
+def test_a_dry_run_needs_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "talkie", "torch_dtype": "bfloat16"}')
     plan = convert(tmp_path, tmp_path / "t", "mlx", dry_run=True)
     assert (plan.tensors, plan.parameters, plan.payload_bytes) == (443, 13_280_257_721, 26_560_515_442)
     assert plan.bits_per_weight == 16
     assert plan.files[0] == "model-00001-of-00006.safetensors"
-    with pytest.raises(InputError, match="only a config"):
-        convert(tmp_path, tmp_path / "t", "mlx")
+    # Said before anything else that would be missing, such as room.
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=0))
+    for verb in (partial(convert, to="mlx"), partial(quantize, bits=4)):
+        with pytest.raises(InputError, match="only a config"):
+            verb(tmp_path, tmp_path / "t")
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 

@@ -123,6 +123,7 @@ def convert(
     if dry_run:
         index = [INDEX] if len(stored.weights) > 1 else []
         return result(files=[*(file.name for file in stored.weights), *beside, *index], dry_run=True)
+    checkpoint.require_weights()
     files = {**beside, **tokenizer_files(checkpoint, architecture, plan)}
     inputs = {
         "isomorph": __version__,
@@ -207,8 +208,7 @@ def stock_plan(checkpoint: Checkpoint, to: str, layout: str | None, dtype: str |
             f"expected an architecture of {', '.join(architectures.registered())} for {what}; "
             f"found {(checkpoint.config or {}).get('model_type')!r}, of which isomorph only makes copies"
         )
-    if not checkpoint.tensors:
-        raise InputError(f"expected weights in {checkpoint.path}; found only a config; download or convert the weights")
+    checkpoint.require_weights()
     if dequantize:
         checkpoint = unquantized(checkpoint, dtype)
     container = shared_layout(checkpoint, to)

@@ -64,6 +64,11 @@ class Checkpoint:
         value = config.get("quantization", config.get("quantization_config"))
         return value if isinstance(value, dict) and "quant_method" not in value else None
 
+    def require_weights(self) -> None:
+        """Raises InputError for a folder that holds only a config."""
+        if self.kind == "config" or not self.tensors:
+            raise InputError(f"expected weights in {self.path}; found only a config; download or convert the weights")
+
 
 def open_checkpoint(
     source: str | Path | Checkpoint, *, config: Mapping[str, Any] | str | Path | None = None

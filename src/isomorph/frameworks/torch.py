@@ -129,8 +129,7 @@ def stock_model(checkpoint: Checkpoint, dtype: str | None, trust_remote_code: bo
             f"expected an original checkpoint of an architecture of isomorph's own; found {checkpoint.path}; "
             "use a Transformers folder"
         )
-    if not checkpoint.tensors:
-        raise InputError(f"expected weights in {checkpoint.path}; found only a config; download or convert the weights")
+    checkpoint.require_weights()
     values = checkpoint.config or {}
     model_type = values.get("model_type")
     remote = "AutoModelForCausalLM" in (values.get("auto_map") or {})

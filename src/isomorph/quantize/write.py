@@ -180,6 +180,7 @@ def quantize(
     )
     if dry_run:
         return result(files=[file.name for file in weights] + list(base.files), dry_run=True)
+    checkpoint.require_weights()
     files = {**base.files, "config.json": json_bytes(configuration)}
     for stream in streams:
         for transform in TRANSFORMS.values():
