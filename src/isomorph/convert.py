@@ -208,7 +208,8 @@ def stock_plan(checkpoint: Checkpoint, to: str, layout: str | None, dtype: str |
             f"expected an architecture of {', '.join(architectures.registered())} for {what}; "
             f"found {(checkpoint.config or {}).get('model_type')!r}, of which isomorph only makes copies"
         )
-    checkpoint.require_weights()
+    if not checkpoint.tensors:  # not even those that a config promises
+        checkpoint.require_weights()
     if dequantize:
         checkpoint = unquantized(checkpoint, dtype)
     container = shared_layout(checkpoint, to)
