@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,11 +47,11 @@ def test_depth_12_is_the_published_model() -> None:
 def test_remat_is_for_models_that_have_it() -> None:
     settings = replace(recipe("gelu_gpt", 12, {}, {}).text, remat=True)
     for name in ("gelu_gpt", "talkie"):
-        architecture = architectures.get(name)
-        assert architecture is not None
-        config = architecture.config_class.from_dict({})  # type: ignore[attr-defined]
+        architecture: Any = architectures.get(name)
+        config = architecture.config_class.from_dict({})
         if name == "gelu_gpt":
-            assert model_maker(architecture, config, [settings]).keywords == {"remat": True}  # type: ignore[attr-defined]
+            maker: Any = model_maker(architecture, config, [settings])
+            assert maker.keywords == {"remat": True}
             continue
         with pytest.raises(InputError, match="no remat for talkie"):
             model_maker(architecture, config, [settings])

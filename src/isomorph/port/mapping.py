@@ -210,7 +210,7 @@ def read(
     from isomorph import architectures
 
     if not checkpoint.tensors:
-        raise InputError(f"expected weights in {checkpoint.path}; found only a config; download or convert the weights")
+        checkpoint.require_weights()
     config = config or architectures.configuration(architecture, checkpoint, tell=False)
     layout = architecture.layouts[architecture.detect(checkpoint)]
     shapes = architecture.parameters(config)
